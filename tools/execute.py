@@ -1,0 +1,37 @@
+"""Execute notebooks in place, `#| slow` cells too, and leave them as nbdev_clean does: for outputs that are committed."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from lint_notebooks import ROOT, notebooks
+from nbclient import NotebookClient
+
+# Progress bars and downloads have no place among the outputs of a notebook.
+ENV = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+       "TRANSFORMERS_VERBOSITY": "error"}
+TIMEOUT = int(os.environ.get("NOTEBOOK_TIMEOUT", "1800"))  # seconds a cell may take
+
+
+def execute(nb, folder: Path) -> None:
+    "Run every cell in the folder where the notebook lives; raises at the first cell that does."
+    os.environ.update(ENV)
+    NotebookClient(nb, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
+                   record_timing=False, coalesce_streams=True, extra_arguments=["--log-level=40"]).execute()  # errors only
+
+
+def main(paths: list[Path]) -> int:
+    "Execute each notebook, write it back only if it ran through, clean it."
+    for path in paths:
+        start, nb = time.perf_counter(), nbformat.read(path, as_version=4)
+        print(f"{path.relative_to(ROOT)} …", end=" ", flush=True)
+        execute(nb, path.parent)
+        nbformat.write(nb, path)
+        subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", path], cwd=ROOT, check=True)
+        print(f"{time.perf_counter() - start:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__": sys.exit(main([Path(a).resolve() for a in sys.argv[1:]] or notebooks()))
