@@ -6,14 +6,13 @@
 __all__ = ['Coeff', 'as_coeff', 'gain_at', 'batch_shape', 'check_rows', 'layer_input', 'low_rank_hook', 'Hooked', 'Stored',
            'Adapter', 'load_adapter']
 
-# %% ../nbs/05_adapter.ipynb #919cb376
+# %% ../nbs/05_adapter.ipynb #dc4e303a
 import difflib
 import logging
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,10 +22,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .checkpoint import (Checkpoint, check_base, check_names, check_rounds, fingerprint, read_checkpoint, read_metadata,
-                               write_checkpoint)
+from .checkpoint import (Checkpoint, check_file, config_from, config_meta, fingerprint, layers_for, read_checkpoint,
+                               read_metadata, write_checkpoint)
 from .lowrank import LowRank
-from .targets import LoRAConfig, find_targets, layer_shape, linear_layers, role_of
+from .targets import LoRAConfig, layer_shape, role_of
 
 # %% ../nbs/05_adapter.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
@@ -123,54 +122,7 @@ class Hooked:
                 leave.callback(layer.register_forward_hook(low_rank_hook(self, name), with_kwargs=True).remove)
             yield self
 
-# %% ../nbs/05_adapter.ipynb #10655066
-def config_meta(cfg:LoRAConfig) -> dict:
-    "A configuration as JSON values: dtypes and callables by their name."
-    plain = lambda v: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else getattr(v, "__name__", v) if callable(v) else v
-    return {f.name: plain(getattr(cfg, f.name)) for f in fields(cfg)}
-
-def config_from(ck:Checkpoint, kind:type[LoRAConfig]) -> LoRAConfig:
-    "The configuration that a file was written with; fields that it does not have keep their defaults, a missing dtype is as stored."
-    given = {f.name: ck.meta[f.name] for f in fields(kind) if f.name in ck.meta}
-    stored = next((t.dtype for t in next(iter(ck.tables.values())).values()), torch.float32)
-    dtype = given.pop("dtype", str(stored).removeprefix("torch."))
-    return kind(**given, dtype=None if dtype is None else getattr(torch, dtype))
-
-def exactly(names:Iterable[str]) -> dict: # fields of a configuration that selects these layers and no others
-    return dict(targets=tuple(f"^{re.escape(n)}$" for n in names), exclude=(), layer_range=(0.0, 1.0))
-
-# %% ../nbs/05_adapter.ipynb #9538a7d1
-def layers_for(ck:Checkpoint, model:nn.Module, cfg:LoRAConfig) -> tuple[LoRAConfig, dict[str, nn.Module]]:
-    "The layers of `model` that a file's configuration selects; errors name the file."
-    try: layers = find_targets(model, cfg)
-    except ValueError as e:
-        if not ck.legacy: raise ValueError(f"{ck.path}: its targets do not fit this model: {e}") from e
-        layers = {}
-    if ck.legacy and set(layers) != set(ck.names):
-        there = linear_layers(model)
-        cfg, layers = replace(cfg, **exactly(ck.names)), {n: there[n] for n in ck.names if n in there}
-    return cfg, layers
-
-def check_file(kind:type["Adapter"], ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool, live:str|None=None) -> None:
-    "Everything that must hold before a file is let in; nothing is changed. `live`: id of the adapter that takes it over."
-    if ck.meta["kind"] != kind.kind:
-        raise ValueError(f"{ck.path}: holds an adapter of kind {ck.meta['kind']!r}, not {kind.kind!r}; load_adapter(model, path) reads either")
-    if missing := set(kind.tables) - set(kind.optional) - set(ck.tables):
-        raise OSError(f"{ck.path}: incomplete, it has no {sorted(missing)}; save the adapter again")
-    check_names(ck.path, ck.names, layers)
-    stored = ck.meta.get("fingerprint", {})
-    check_rounds(ck.path, stored, layers, ck.meta.get("id"), live)
-    check_base(ck.path, stored, layers, strict)
-    for name, layer in layers.items(): check_shapes(kind, ck, name, layer_shape(layer))
-
-# %% ../nbs/05_adapter.ipynb #d26f91bf
-def check_shapes(kind:type["Adapter"], ck:Checkpoint, name:str, shape:tuple[int, int]) -> None:
-    "`ValueError` unless the outer factors `(o, r)` and `(r, i)` fit the layer."
-    up, down = ck.tables[kind.up][name], ck.tables[kind.down][name]
-    if (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0]:
-        raise ValueError(f"{ck.path}: {name} is a layer of (o, i) = {shape}, the file's factors are {tuple(up.shape)} and {tuple(down.shape)}; "
-                         "load the model it was made on")
-
+# %% ../nbs/05_adapter.ipynb #00b01736
 def check_ranks(adapter:"Adapter", ck:Checkpoint) -> None:
     "`ValueError` unless the file's tables can be copied into the adapter's."
     for table, of in ck.tables.items():
@@ -187,7 +139,7 @@ def copy_tables(adapter:"Adapter", ck:Checkpoint) -> None:
         if table not in ck.tables: setattr(adapter, table, {})
         for name, t in getattr(adapter, table).items(): t.copy_(ck.tables[table][name])
 
-# %% ../nbs/05_adapter.ipynb #2cfe3df6
+# %% ../nbs/05_adapter.ipynb #66e138fb
 class Stored:
     "Saving and loading. Every error names the file and leaves model and adapter as they were."
     def save(self, path:str|Path, extra_meta:Mapping[str, object]|None=None) -> None:
@@ -198,7 +150,7 @@ class Stored:
     def load(self, path:str|Path, strict:bool=True) -> None:
         "Take over a file's numbers in place, so that an optimizer keeps its parameters. `strict=False`: another base only warns."
         ck = read_checkpoint(path)
-        type(self)._check(ck, self.layers, strict, live=getattr(self, "id", None))
+        self._check(self.model, ck, self.layers, strict, live=getattr(self, "id", None))
         check_ranks(self, ck)
         self._take_over(ck)
 
@@ -207,16 +159,17 @@ class Stored:
         "The adapter of a file, on `model`: no decomposition, no random number. `strict=False`: another base only warns."
         ck = read_checkpoint(path)
         cfg, layers = layers_for(ck, model, config_from(ck, cls.config))
-        cls._check(ck, layers, strict)
+        cls._check(model, ck, layers, strict)
         self = cls.__new__(cls)
         self._build(model, cfg, layers, ck.tables, ck.meta)
         return self
 
-    _check = classmethod(check_file)
+    @classmethod
+    def _check(cls, model, ck, layers, strict, live=None): check_file(cls, ck, layers, strict, live)
     def _meta(self) -> dict: return {}
     def _take_over(self, ck:Checkpoint) -> None: copy_tables(self, ck)
 
-# %% ../nbs/05_adapter.ipynb #5f260cec
+# %% ../nbs/05_adapter.ipynb #0f2e17cf
 def place(t:Tensor, layer:nn.Module, dtype:torch.dtype, trains:bool) -> Tensor:
     "A factor where its layer lives (a sharded model has many devices); whole numbers, such as indices, stay on the CPU."
     if not t.is_floating_point(): return t
@@ -234,7 +187,8 @@ def build(adapter:"Adapter", model:nn.Module, cfg:LoRAConfig, layers:dict[str, n
     adapter.base = {name: fingerprint(layer) for name, layer in layers.items()}
     for table in adapter.tables:
         trains = table in adapter.trains
-        setattr(adapter, table, {n: place(t, layers[n], cfg.factor_dtype, trains) for n, t in tables.get(table, {}).items()})
+        setattr(adapter, table, {n: place(tables[table][n], layer, cfg.factor_dtype, trains)
+                                 for n, layer in layers.items() if table in tables})
     model.requires_grad_(False)
     logger.info("%r", adapter)
 

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'Tables', 'write_checkpoint', 'read_metadata', 'Checkpoint', 'read_checkpoint', 'Round', 'rounds',
-           'fingerprint', 'same_weight', 'check_names', 'check_base', 'check_rounds']
+           'fingerprint', 'same_weight', 'check_names', 'check_base', 'check_rounds', 'check_file']
 
-# %% ../nbs/04_checkpoint.ipynb #7677618b
+# %% ../nbs/04_checkpoint.ipynb #11c55dc8
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .targets import dense_weight
+from .lowrank import LowRank
+from .targets import LoRAConfig, dense_weight, find_targets, layer_shape, linear_layers
 
 # %% ../nbs/04_checkpoint.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
@@ -99,12 +101,13 @@ def read_checkpoint(path:str|Path) -> Checkpoint:
     if meta["format"] == 0: logger.warning("%s: written by the earlier implementation, without a fingerprint of its base", path)
     return Checkpoint(Path(path), meta, tables)
 
-# %% ../nbs/04_checkpoint.ipynb #79034c35
+# %% ../nbs/04_checkpoint.ipynb #7cdeb14b
 @dataclass(frozen=True)
 class Round:
     "One extraction from a layer's weight."
     id: str # of the adapter that did it
     base: Tensor | None # the very tensor that the layer held before; None where it was not kept
+    taken: LowRank # what was taken out: the weight before is the weight after plus this
     fingerprint: dict # of the layer before its first extraction
 
 def rounds(layer:nn.Module) -> list[Round]:
@@ -169,3 +172,53 @@ def check_rounds(path:Path, stored:Mapping[str, dict], layers:Mapping[str, nn.Mo
         if own in now: raise RuntimeError(f"{path}: already extracted from {name}; an extracted round is loaded once")
         raise RuntimeError(f"{path}: {name} has {len(now)} extraction(s) in force {now}, and the file was fitted after {len(then)} {then}; "
                            "load extracted rounds in the order they were made, or restore_base_W() those that came since")
+
+# %% ../nbs/04_checkpoint.ipynb #10655066
+def config_meta(cfg:LoRAConfig) -> dict:
+    "A configuration as JSON values: dtypes and callables by their name."
+    plain = lambda v: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else getattr(v, "__name__", v) if callable(v) else v
+    return {f.name: plain(getattr(cfg, f.name)) for f in fields(cfg)}
+
+def config_from(ck:Checkpoint, kind:type[LoRAConfig]) -> LoRAConfig:
+    "The configuration that a file was written with; fields that it does not have keep their defaults, a missing dtype is as stored."
+    given = {f.name: ck.meta[f.name] for f in fields(kind) if f.name in ck.meta}
+    stored = next((t.dtype for t in next(iter(ck.tables.values())).values()), torch.float32)
+    dtype = given.pop("dtype", str(stored).removeprefix("torch."))
+    return kind(**given, dtype=None if dtype is None else getattr(torch, dtype))
+
+def exactly(names:Iterable[str]) -> dict: # fields of a configuration that selects these layers and no others
+    return dict(targets=tuple(f"^{re.escape(n)}$" for n in names), exclude=(), layer_range=(0.0, 1.0))
+
+# %% ../nbs/04_checkpoint.ipynb #f84946ca
+def layers_for(ck:Checkpoint, model:nn.Module, cfg:LoRAConfig) -> tuple[LoRAConfig, dict[str, nn.Module]]:
+    "The layers of `model` that a file's configuration selects; errors name the file."
+    try: layers = find_targets(model, cfg)
+    except ValueError as e:
+        if not ck.legacy: raise ValueError(f"{ck.path}: its targets do not fit this model: {e}") from e
+        layers = {}
+    if ck.legacy and set(layers) != set(ck.names):
+        there = linear_layers(model)
+        cfg, layers = replace(cfg, **exactly(ck.names)), {n: there[n] for n in ck.names if n in there}
+    return cfg, layers
+
+# %% ../nbs/04_checkpoint.ipynb #697734bc
+def check_shapes(kind:type, ck:Checkpoint, name:str, shape:tuple[int, int]) -> None:
+    "`ValueError` unless the outer factors `(o, r)` and `(r, i)` fit the layer."
+    up, down = ck.tables[kind.up][name], ck.tables[kind.down][name]
+    if (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0]:
+        raise ValueError(f"{ck.path}: {name} is a layer of (o, i) = {shape}, the file's factors are {tuple(up.shape)} and {tuple(down.shape)}; "
+                         "load the model it was made on")
+
+# %% ../nbs/04_checkpoint.ipynb #993fd384
+def check_file(kind:type, ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool, live:str|None=None) -> None:
+    "Everything that must hold before a file is let in; nothing is changed. `live`: id of the adapter that takes it over."
+    if ck.meta["kind"] != kind.kind:
+        raise ValueError(f"{ck.path}: holds an adapter of kind {ck.meta['kind']!r}, not {kind.kind!r}; load_adapter(model, path) reads either")
+    needed = set(kind.tables) - set(kind.optional)
+    if missing := sorted(t for t in needed if set(ck.tables.get(t, {})) != set(ck.names)):
+        raise OSError(f"{ck.path}: incomplete: its tables {missing} do not cover all of its layers; save the adapter again")
+    check_names(ck.path, ck.names, layers)
+    stored = ck.meta.get("fingerprint", {})
+    check_rounds(ck.path, stored, layers, ck.meta.get("id"), live)
+    check_base(ck.path, stored, layers, strict)
+    for name, layer in layers.items(): check_shapes(kind, ck, name, layer_shape(layer))

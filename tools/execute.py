@@ -10,8 +10,7 @@ from lint_notebooks import ROOT, notebooks
 from nbclient import NotebookClient
 
 # Progress bars and downloads have no place among the outputs of a notebook.
-ENV = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-       "TRANSFORMERS_VERBOSITY": "error"}
+ENV = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 TIMEOUT = int(os.environ.get("NOTEBOOK_TIMEOUT", "1800"))  # seconds a cell may take
 
 
