@@ -3,11 +3,13 @@ import os
 import sys
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download is a mistake
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["MODLAB_SVD_CACHE"] = "0"  # what an earlier run computed must not stand in for what this one should; nor fill the user's cache
 
 assert "modlab" not in sys.modules, "modlab was imported before the hook that checks its types"
 install_import_hook("modlab", "beartype.beartype")
@@ -30,3 +32,12 @@ def tiny_llama(tiny):
 def tiny_tok(tiny):
     "The tokenizer of the tiny Llama alone."
     return tiny[1]
+
+
+@pytest.fixture
+def one_thread():
+    "For models so small that handing work to a second thread costs more than doing it."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

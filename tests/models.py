@@ -1,0 +1,86 @@
+"""Tiny random models of four architectures, adapters on them that do something, and a way to see that a model was left as it was."""
+import torch
+from transformers import (GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM,
+                          Qwen3MoeConfig, Qwen3MoeForCausalLM)
+
+from modlab import ModulatedLoRA, ModulatedPiSSA
+from modlab.models import tiny_model
+
+IDS = dict(vocab_size=96, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+# Wide initialisers: with the usual 0.02 a width of 32 gives logits so small that nothing could be told apart.
+CONFIGS = dict(
+    gpt2=(GPT2LMHeadModel, GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, **IDS)),
+    neox=(GPTNeoXForCausalLM, GPTNeoXConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                                            max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=False, **IDS)),
+    opt=(OPTForCausalLM, OPTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32,
+                                   max_position_embeddings=64, init_std=0.2, dropout=0.0, **IDS)),
+    moe=(Qwen3MoeForCausalLM, Qwen3MoeConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                             head_dim=8, intermediate_size=64, moe_intermediate_size=24, num_experts=4,
+                                             num_experts_per_tok=2, max_position_embeddings=64, initializer_range=0.2, **IDS)))
+ARCHS = ("llama", "gpt2", "neox", "opt")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = ("lora", "pissa-extracted", "pissa-unextracted")
+
+
+def build(arch="llama", dtype=torch.float32, seed=0):
+    "A model in eval mode; the same weights for the same arguments."
+    if arch == "llama": return tiny_model(seed)[0].to(dtype)
+    cls, cfg = CONFIGS[arch]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = cls(type(cfg)(**cfg.to_dict()))
+        for name, p in model.named_parameters():  # biases start at zero: give them something to be lost
+            if name.endswith("bias"): torch.nn.init.normal_(p, std=0.1)
+    return model.eval().to(dtype)
+
+
+def seeded(seed): return torch.Generator().manual_seed(seed)
+
+
+def tokens(b=3, s=7, seed=1): return torch.randint(3, 96, (b, s), generator=seeded(seed))
+
+
+def adapter_of(kind, model, seed=2, **kw):
+    "An adapter as training would leave it: every factor is something."
+    kw = dict(r=6, generator=seeded(seed)) | kw
+    if kind.startswith("pissa"):
+        return ModulatedPiSSA(model, **dict(selection_score="s_only", init=(0.3, 0.5), extract=kind == "pissa-extracted") | kw)
+    a, g = ModulatedLoRA(model, **kw), seeded(seed + 1)
+    with torch.no_grad():
+        for B in a.B.values(): B.copy_(torch.randn(B.shape, generator=g) * 0.1)
+    return a
+
+
+@torch.no_grad()
+def logits(model, ids, **kw): return model(input_ids=ids, **kw).logits
+
+
+def gap(a, b):
+    "The largest difference as a share of the largest value."
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+def hooks(model):
+    "What is registered where."
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    return {(n, k): len(getattr(m, k)) for n, m in model.named_modules() for k in kinds if getattr(m, k, None)}
+
+
+def state(model):
+    "Everything that an adapter must not change behind one's back: values, the very storage, hooks, what trains, extractions."
+    return dict(values={n: p.detach().clone() for n, p in model.named_parameters()},
+                storage={n: p.data_ptr() for n, p in model.named_parameters()},
+                trains={n: p.requires_grad for n, p in model.named_parameters()}, hooks=hooks(model),
+                rounds={n: [r.id for r in m.__dict__["_modlab_rounds"]] for n, m in model.named_modules() if m.__dict__.get("_modlab_rounds")})
+
+
+def changes(before, model):
+    "Names of what differs from `state`, as far as a reader wants to see."
+    now, found = state(model), []
+    for part in before:
+        found += [f"{part}: {k}" for k in before[part].keys() | now[part].keys()
+                  if k not in before[part] or k not in now[part] or not same(before[part][k], now[part][k])]
+    return sorted(found)
+
+
+def same(a, b): return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
