@@ -47,7 +47,7 @@ def plot_selection(df:pd.DataFrame, # one layer: index, S, chosen, and mode (one
     ax.set(xlabel="singular direction j (0 = largest)", ylabel="singular value $S_j$")
     return ax
 
-# %% ../nbs/17_plots.ipynb #8b7d88a2
+# %% ../nbs/17_plots.ipynb #2294b96c
 def plot_tail_depth(df:pd.DataFrame, # layer (block), tail_depth, mode; optionally low and high
                     ax:Axes|None=None,
                    ) -> Axes:
@@ -57,7 +57,8 @@ def plot_tail_depth(df:pd.DataFrame, # layer (block), tail_depth, mode; optional
     for mode, of in means.groupby("mode", sort=False):
         of = of.sort_values("layer")
         ax.plot(of["layer"], of["tail_depth"], color=colour(mode), label=mode, linewidth=1.5)
-        if {"low", "high"} <= set(of): ax.fill_between(of["layer"].astype(float), of["low"], of["high"], color=colour(mode), alpha=0.2, linewidth=0)
+        if {"low", "high"} <= set(of):
+            ax.fill_between(of["layer"].astype(float), of["low"], of["high"], color=colour(mode), alpha=0.2, linewidth=0)
     ax.axhline(0.5, color="black", linestyle=":", linewidth=1)
     ax.set(xlabel="block", ylabel="tail depth (0 top, 1 tail)", ylim=(-0.05, 1.05))
     return ax

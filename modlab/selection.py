@@ -50,7 +50,7 @@ class ProjectionStats:
         if self.count < 2: raise ValueError(f"a standard deviation needs at least 2 rows, got {self.count}; pass more tokens")
         return (self.m2 / (self.count - 1)).sqrt()
 
-# %% ../nbs/08_selection.ipynb #f500dbf6
+# %% ../nbs/08_selection.ipynb #16632359
 def called(name: str|None) -> str:
     "How a message begins: with the layer's name, where one is known."
     return f"{name}: " if name else ""
@@ -59,14 +59,13 @@ def project(X: Tensor, # a layer's inputs (n, i), one row a token
             Vh: Float[Tensor, "k i"], # its right singular directions
             name: str|None=None, # the layer, for messages
            ) -> ProjectionStats:
-    "Statistics of `P = X · Vhᵀ`, some rows at a time: the whole of `P` is never in memory. `ValueError` for another width or NaN."
+    "Statistics of `P = X · Vhᵀ`, some rows at a time, `P` never whole in memory; `ValueError` for another width or NaN."
+    what = f"{called(name)}calibration activations must be the layer's inputs, finite floats (n, {Vh.shape[1]}); got"
     if not X.is_floating_point() or X.ndim != 2 or X.shape[1] != Vh.shape[1]:
-        raise ValueError(f"{called(name)}calibration activations must be the layer's inputs, floats (n, {Vh.shape[1]}), one row a token; "
-                         f"got {str(X.dtype).removeprefix('torch.')} {tuple(X.shape)}")
+        raise ValueError(f"{what} {str(X.dtype).removeprefix('torch.')} {tuple(X.shape)}")
     total = ProjectionStats.of(Vh.new_zeros(0, len(Vh)))
     for rows in X.detach().split(max(1, 2**21 // len(Vh))):
-        if not rows.isfinite().all():
-            raise ValueError(f"{called(name)}calibration activations hold NaN or infinite values; pass finite inputs (n, {Vh.shape[1]})")
+        if not rows.isfinite().all(): raise ValueError(f"{what} NaN or infinite values")
         total = total.merge(ProjectionStats.of(rows.to(Vh.device, Vh.dtype) @ Vh.T))
     return total
 
@@ -93,7 +92,7 @@ def cho_rej_min_std(S: Float64[Tensor, "k"], stats: Mapping[str, ProjectionStats
 
 SCORES: dict[str, Callable] = {f.__name__: f for f in (s_only, wanda, act_only, cho_rej_min_std)}
 
-# %% ../nbs/08_selection.ipynb #d11a49b1
+# %% ../nbs/08_selection.ipynb #a3cd2bda
 EMPTIED = 1e-5 # of S_0: a direction with no more than this holds nothing
 Mode = str | Callable # one of `SCORES`, or f(S, stats) -> (k,)
 
@@ -102,20 +101,23 @@ def check_mode(mode: Any, # what was given
               ) -> None:
     "`ValueError` unless `mode` is one of `SCORES` or a function."
     if callable(mode) or isinstance(mode, str) and mode in SCORES: return
-    raise ValueError(f"{called(name)}unknown selection score {mode!r}; give one of {', '.join(SCORES)}, or a function (S, stats) -> scores (k,)")
+    raise ValueError(f"{called(name)}unknown selection score {mode!r}; give one of {', '.join(SCORES)}, "
+                     "or a function (S, stats) -> scores (k,)")
 
+# %% ../nbs/08_selection.ipynb #0b79c681
 def check_side(side: ProjectionStats, # of one text, or one side of a pair
                k: int, # directions of the layer
                where: str, # how the message begins
               ) -> None:
     "`ValueError` unless there are `k` directions, two rows or more, and finite numbers."
     if side.mean.shape != (k,):
-        raise ValueError(f"{where}calibration statistics are of {len(side.mean)} directions, the layer has {k}; project on its own Vh")
+        raise ValueError(f"{where}calibration statistics are of {len(side.mean)} directions, the layer has {k}; "
+                         "project on its own Vh")
     if side.count < 2: raise ValueError(f"{where}calibration needs at least 2 rows (tokens), got {side.count}; pass more tokens")
     if not all(t.isfinite().all() for t in (side.mean, side.m2, side.mean_abs)):
         raise ValueError(f"{where}calibration statistics hold NaN or infinite values; pass finite inputs (n, i)")
 
-# %% ../nbs/08_selection.ipynb #6a122f91
+# %% ../nbs/08_selection.ipynb #723d8217
 def check_stats(stats: Any, # what was given
                 mode: str, # one of `SCORES`, other than `s_only`
                 k: int, # directions of the layer
@@ -125,9 +127,10 @@ def check_stats(stats: Any, # what was given
     pair = isinstance(stats, Mapping) and {"cho", "rej"} <= set(stats)
     sides, single = [stats["cho"], stats["rej"]] if pair else [stats], mode != "cho_rej_min_std"
     if not (pair or single) or not all(isinstance(side, ProjectionStats) for side in sides):
-        came = f"a dict with {list(stats)}" if isinstance(stats, Mapping) and not pair else ", ".join(type(s).__name__ for s in sides)
-        raise ValueError(f"{called(name)}selection score {mode!r} needs projection statistics of calibration activations, got {came}; "
-                         f"pass {'project(X, Vh) or ' if single else ''}{{'cho': project(X, Vh), 'rej': project(X, Vh)}}")
+        came = f"a dict with {list(stats)}" if isinstance(stats, Mapping) else type(stats).__name__
+        raise ValueError(f"{called(name)}selection score {mode!r} needs projection statistics of calibration activations, "
+                         f"got {came}; pass {'project(X, Vh) or ' if single else ''}"
+                         "{'cho': project(X, Vh), 'rej': project(X, Vh)}")
     for side in sides: check_side(side, k, called(name))
 
 def check_scores(scores: Any, k: int, name: str|None=None) -> None:
@@ -152,16 +155,16 @@ def selection_scores(S: Float[Tensor, "k"], # singular values, descending
     check_scores(scores, len(S), name)
     return float64(scores).cpu().masked_fill(S <= EMPTIED * S[0], float("-inf"))
 
-# %% ../nbs/08_selection.ipynb #02bcd8c6
+# %% ../nbs/08_selection.ipynb #6517da06
 def choose(scores: Float[Tensor, "k"], # from `selection_scores`
            r: int, # how many; at most k are taken
           ) -> Int64[Tensor, "r"]: # ascending
     "The indices of the `r` highest scores, ties to the lower index; `ValueError` for r < 1 or NaN."
     if r < 1: raise ValueError(f"rank {r}: choose at least 1 direction")
-    if scores.isnan().any(): raise ValueError(f"{int(scores.isnan().sum())} of {len(scores)} scores are NaN; a rank needs comparable scores")
+    if nans := int(scores.isnan().sum()): raise ValueError(f"{nans} of {len(scores)} scores are NaN and cannot be ranked")
     return scores.argsort(descending=True, stable=True)[:r].sort().values
 
-# %% ../nbs/08_selection.ipynb #2770506e
+# %% ../nbs/08_selection.ipynb #d1f21ce0
 def tail_depth(idx: Int64[Tensor, "r"], # chosen directions
                k: int, # out of this many
               ) -> float:
@@ -171,9 +174,12 @@ def tail_depth(idx: Int64[Tensor, "r"], # chosen directions
         raise ValueError(f"a choice is one or more different indices from 0 to {k - 1}; got {idx.tolist()}")
     return float("nan") if r == k else (idx.double().mean().item() - (r - 1) / 2) / (k - r)
 
-def overlap(a: Int64[Tensor, "r1"], b: Int64[Tensor, "r2"]) -> float:
+def overlap(a: Tensor, # chosen directions (r,)
+            b: Tensor, # another choice (r,)
+           ) -> float:
     "The share of directions that two choices of one size have in common: 1 the same choice."
-    if len(a) != len(b) or len(a) == 0: raise ValueError(f"overlap compares choices of one size; got {len(a)} and {len(b)} directions")
+    if len(a) != len(b) or len(a) == 0:
+        raise ValueError(f"overlap compares choices of one size; got {len(a)} and {len(b)} directions")
     return torch.isin(a, b).double().mean().item()
 
 def chance_overlap(r: int, k: int) -> float:

@@ -60,7 +60,7 @@ def tall_svd(A: Float64[Tensor, "m k"], # at least as many rows as columns
     order = S.argsort(descending=True, stable=True) # among the tiny ones, rounding may have swapped neighbours
     return U.index_select(1, order), S[order], V.float().index_select(1, order)
 
-# %% ../nbs/07_svd.ipynb #27527de0
+# %% ../nbs/07_svd.ipynb #3ca997e7
 SVD = tuple[Float32[Tensor, "o k"], Float32[Tensor, "k"], Float32[Tensor, "k i"]] # (U, S, Vh)
 
 def check_weight(W: Tensor,
@@ -68,8 +68,8 @@ def check_weight(W: Tensor,
                 ) -> None:
     "`ValueError` unless `W` is a floating-point matrix, not empty, of finite values within float32's range."
     if not W.is_floating_point() or W.ndim != 2 or 0 in W.shape:
-        raise ValueError(f"{name}: an SVD needs a float matrix (o, i) and got {str(W.dtype).removeprefix('torch.')} {tuple(W.shape)}; "
-                         "dequantise a packed weight first")
+        raise ValueError(f"{name}: an SVD needs a float matrix (o, i) and got {str(W.dtype).removeprefix('torch.')} "
+                         f"{tuple(W.shape)}; dequantise a packed weight first")
     low, high = W.detach().float().aminmax() # one pass, and NaN comes through
     if not (low.isfinite() and high.isfinite()):
         bad = W.numel() - int(W.float().isfinite().sum())

@@ -1,6 +1,4 @@
 "thin_svd on hard matrices against torch's float64 SVD; thin_svds: order, threads, faults, and a cache that is exact and bounded."
-import json
-import os
 import threading
 
 import hypothesis.strategies as st
@@ -8,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from modlab.svd import svd_arrays, thin_svd, thin_svds
+from modlab.svd import thin_svd, thin_svds
 
 F64 = torch.float64
 
@@ -21,6 +19,15 @@ def with_condition(cond, o, i, seed=0):
     k = min(o, i)
     left, right = torch.linalg.qr(noise(o, k, seed=seed)).Q, torch.linalg.qr(noise(i, k, seed=seed + 1)).Q
     return left * torch.logspace(0, -torch.log10(torch.tensor(cond, dtype=F64)).item(), k, dtype=F64) @ right.T
+
+
+@pytest.fixture
+def one_thread():
+    "Small matrices are slower on several cores."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def check(W):
@@ -38,27 +45,36 @@ def check(W):
     assert (S - reference).abs().max() <= 1e-6 * reference[0]
 
 
-@pytest.mark.parametrize("shape", [(70, 30), (30, 70), (50, 50), (250, 193), (1, 6), (6, 1), (1, 1)])
+@pytest.mark.parametrize("shape", [(70, 30), (30, 70), (50, 50), (120, 97), (1, 6), (6, 1), (1, 1)])
 @pytest.mark.parametrize("cond", [1.0, 99.0, 101.0, 1e4, 1e6, 1e8, 1e12, 1e18])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.usefixtures("one_thread")
 def test_conditions_scales_and_shapes(shape, cond, scale): check((with_condition(cond, *shape) * scale).float())
+
+
+def emptied(W, r):
+    "What is left of W when its r leading directions are taken out, in float32."
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return W - U[:, :r] * S[:r] @ Vh[:r]
 
 
 HARD = {
     "zero": torch.zeros(9, 5), "identity": torch.eye(8), "minus identity": -torch.eye(8), "ones": torch.ones(7, 12),
     "rank 1": (noise(20, 1) @ noise(1, 31)).float(), "rank 3": (noise(40, 3) @ noise(3, 16)).float(),
     "columns twice": noise(30, 8).repeat(1, 2).float(), "rows thrice": noise(6, 20).repeat(3, 1).float(),
-    "zero rows": torch.cat([noise(5, 12).float(), torch.zeros(9, 12)]), "zero column": (noise(12, 12) * (torch.arange(12) != 3)).float(),
+    "zero rows": torch.cat([noise(5, 12), torch.zeros(9, 12)]), "zero column": noise(12, 12) * (torch.arange(12) != 3),
     "one entry": torch.eye(10, 14) * (torch.arange(14) == 4), "graded": (noise(24, 24) * torch.logspace(-30, 8, 24)).float(),
-    "subnormal": (noise(6, 9) * 1e-40).float(), "largest floats": torch.full((3, 4), 1e38) * torch.eye(3, 4),
-    "emptied": (lambda W, f: W - f.U[:, :8] * f.S[:8] @ f.Vh[:8])(noise(32, 48).float(), torch.linalg.svd(noise(32, 48).float(), full_matrices=False)),
+    "tiny": (noise(6, 9) * 1e-35).float(), "largest floats": torch.full((3, 4), 1e38) * torch.eye(3, 4),
+    "emptied": emptied(noise(32, 48).float(), 8),
 }
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", HARD)
 def test_hard_matrices(name): check(HARD[name])
 
 
+@pytest.mark.usefixtures("one_thread")
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 24), st.integers(-25, 25), st.integers(0, 99))
 def test_any_rank_and_scale(o, i, rank, exponent, seed):
@@ -98,7 +114,8 @@ def test_order_threads_and_early_exit(monkeypatch):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_bad_entries_name_the_layer(bad):
     W = torch.ones(3, 4); W[1, 2] = bad
-    with pytest.raises(ValueError, match=r"blocks\.1\.down: 1 of 12"): thin_svds({"blocks.0.up": torch.ones(2, 2), "blocks.1.down": W})
+    with pytest.raises(ValueError, match=r"blocks\.1\.down: 1 of 12"):
+        thin_svds({"blocks.0.up": torch.ones(2, 2), "blocks.1.down": W})  # at the call: no result was asked for yet
 
 
 @pytest.mark.parametrize("W", [torch.ones(3), torch.ones(0, 3), torch.ones(2, 2, dtype=torch.int8), torch.ones(2, 2, 2)])
@@ -119,7 +136,8 @@ def test_cache_is_exact_bounded_and_heals(tmp_path, monkeypatch):
     for again in (run(1), run(1)): assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     assert len(files()) == len(weights)
     files()[0].write_bytes(b"cut short")
-    with pytest.warns(UserWarning): assert all(torch.equal(a, b) for a, b in zip(plain, run(1), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, run(1), strict=True)), "a damaged file is computed again"
+    assert min(f.stat().st_size for f in files()) > 1000
     size = sum(f.stat().st_size for f in files())
     for scale in (2.0, 3.0, 4.0): run(1.5 * size / 1e9, scale)
     assert size / 2 < sum(f.stat().st_size for f in files()) <= 1.5 * size
@@ -132,4 +150,4 @@ def test_what_is_kept_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("modlab.svd.tall_svd", None)  # computing again would fail
     assert torch.equal(dict(thin_svds(W))["a"][1], dict(thin_svds({"b": W["a"].clone()}))["b"][1])
     with pytest.raises(TypeError): dict(thin_svds({"a": W["a"] + 1}))
-    assert svd_arrays.__module__ == "modlab.svd" and json.dumps(sorted(os.listdir(tmp_path))) == '["svd"]'
+    assert [f.name for f in tmp_path.iterdir()] == ["svd"]

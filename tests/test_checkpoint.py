@@ -1,0 +1,231 @@
+"""Files: what is saved comes back, in order, on its own base; and a load that fails has changed nothing."""
+import copy
+
+import pytest
+import torch
+from models import ARCHS, KINDS, adapter_of, build, changes, gap, logits, state, tokens
+from safetensors.torch import load_file, save_file
+
+from modlab import checkpoint, load_adapter, read_metadata
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+named = dict(ids=lambda d: str(d)[6:])
+C = torch.tensor([1.0, -2.0, 0.5])
+
+
+def run(a, model, c=C):
+    with a(model, c): return logits(model, tokens())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("base, factors", [(FLOATS[0], None), (FLOATS[1], None), (FLOATS[1], FLOATS[1]), (FLOATS[0], FLOATS[2])], ids=str)
+@every_kind
+def test_saved_and_loaded_gives_the_same_logits(tmp_path, arch, base, factors, kind):
+    model, path = build(arch, base), tmp_path / "a.safetensors"
+    a = adapter_of(kind, model, dtype=factors)
+    with torch.no_grad():
+        for p in a.parameters(): p.add_(torch.randn(p.shape) * 0.01)
+    y = run(a, model)
+    a.save(path)
+    assert torch.equal(run(a, model), y)
+    for load in (type(a).from_checkpoint, load_adapter):
+        other, random = build(arch, base), torch.get_rng_state()
+        b = load(other, str(path))
+        assert torch.equal(torch.get_rng_state(), random), "a random draw"
+        assert torch.equal(run(b, other), y) and type(b) is type(a) and b.cfg == a.cfg
+        assert not any(p.requires_grad for p in other.parameters()) and all(p.requires_grad for p in b.parameters())
+        assert [(n, p.dtype) for n, p in a.named_parameters()] == [(n, p.dtype) for n, p in b.named_parameters()]
+        if kind != "lora":
+            assert b.extracted == a.extracted and all(torch.equal(a.chosen_idx[n], b.chosen_idx[n]) for n in a.layers)
+
+
+@every_kind
+def test_a_loaded_adapter_saves_the_same_file(tmp_path, kind):
+    first, second = tmp_path / "1", tmp_path / "2"
+    adapter_of(kind, build()).save(first)
+    load_adapter(build(), first).save(second)
+    a, b = load_file(first), load_file(second)
+    assert read_metadata(first) == read_metadata(second) and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_keys_are_plain_module_names_and_the_header_says_all(tmp_path):
+    a = adapter_of("lora", build(), targets=(r"layers\.[0-9]{1,2}\..*[qv]_proj", "down_proj"), alpha=12.0, layer_range=(0.25, 1.0))
+    a.save(tmp_path / "a", extra_meta={"note": "a, b", "steps": [1, 2], "nested": {"x": None}})
+    meta = read_metadata(tmp_path / "a")
+    assert set(load_file(tmp_path / "a")) == {f"{t}.{n}" for t in "AB" for n in a.layers}
+    for field, value in vars(a.cfg).items():
+        stored = meta[field]
+        assert (tuple(stored) if isinstance(stored, list) else stored) == (value if field != "dtype" else None), field
+    assert meta["kind"] == "lora" and meta["format"] >= 1 and set(meta["fingerprint"]) == set(a.layers)
+    assert (meta["note"], meta["steps"], meta["nested"]) == ("a, b", [1, 2], {"x": None})
+    assert all(len(f["sample"]) <= 256 for f in meta["fingerprint"].values())
+
+
+@pytest.mark.parametrize("key", ["kind", "r", "targets", "fingerprint", "format", "dtype", "layer_range", "extract", "selection_score", "id"])
+def test_extra_meta_cannot_overwrite_a_reserved_key(tmp_path, key):
+    a = adapter_of("pissa-unextracted", build())
+    with pytest.raises(ValueError, match=key): a.save(tmp_path / "a", extra_meta={key: "mine"})
+    assert not list(tmp_path.iterdir())
+
+
+@every_kind
+@pytest.mark.parametrize("made_on", FLOATS, **named)
+@pytest.mark.parametrize("loaded_on", FLOATS, **named)
+def test_the_same_model_in_another_float_dtype_is_recognised(tmp_path, kind, made_on, loaded_on, recwarn):
+    adapter_of(kind, build("gpt2", made_on)).save(tmp_path / "a")
+    load_adapter(build("gpt2", made_on).to(loaded_on), tmp_path / "a")
+    assert not [w for w in recwarn if "base" in str(w.message)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_base_is_refused_or_with_strict_false_warned_of(tmp_path, kind):
+    model, path = build(seed=0), tmp_path / "a"
+    a = adapter_of(kind, model)
+    a.save(path)
+    other, a_there = build(seed=1), None
+    before = state(other)
+    for load in (type(a).from_checkpoint, load_adapter):
+        with pytest.raises(ValueError, match=rf"(?s){path}.*28 of 28.*q_proj.*strict=False"): load(other, path)
+    assert not changes(before, other)
+    with pytest.warns(UserWarning, match="28 of 28"): a_there = type(a).from_checkpoint(other, path, strict=False)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), a_there.parameters()))
+    with a_there(other, 1.0): assert logits(other, tokens()).isfinite().all()
+
+
+def test_one_changed_layer_is_named(tmp_path):
+    adapter_of("lora", build()).save(tmp_path / "a")
+    other = build()
+    with torch.no_grad(): other.model.layers[2].mlp.up_proj.weight.mul_(1.1)
+    with pytest.raises(ValueError, match=r"1 of 28.*model\.layers\.2\.mlp\.up_proj"): load_adapter(other, tmp_path / "a")
+
+
+def saved_rounds(tmp_path, n=3):
+    model, paths = build(), [tmp_path / f"round{k}" for k in range(n)]
+    adapters = [adapter_of("pissa-extracted", model, seed=k, r=4) for k in range(n)]
+    for a, path in zip(adapters, paths): a.save(path)  # all of them in force while saving
+    return model, adapters, paths
+
+
+def test_rounds_load_in_order_and_only_so(tmp_path):
+    model, adapters, paths = saved_rounds(tmp_path)
+    with adapters[0](model, 0.7), adapters[1](model, -1.0), adapters[2](model, 0.3): y = logits(model, tokens())
+    other = build()
+    for done in range(3):
+        before = state(other)
+        for wrong in (k for k in range(3) if k != done):
+            with pytest.raises(RuntimeError, match=str(paths[wrong])): load_adapter(other, paths[wrong])
+            with pytest.raises(RuntimeError, match="once" if wrong < done else "order"): load_adapter(other, paths[wrong], strict=False)
+        assert not changes(before, other)
+        if done == 2: break
+        load_adapter(other, paths[done])
+    loaded = [load_adapter(fresh, paths[0]) for fresh in [build()]]
+    fresh = loaded[0].model
+    loaded += [load_adapter(fresh, p) for p in paths[1:]]
+    with loaded[0](fresh, 0.7), loaded[1](fresh, -1.0), loaded[2](fresh, 0.3): assert torch.equal(logits(fresh, tokens()), y)
+    for a in reversed(loaded): a.restore_base_W()
+    assert torch.equal(logits(fresh, tokens()), logits(build(), tokens()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_made_on_an_extracted_model_needs_that_round(tmp_path, kind):
+    model = build()
+    first = adapter_of("pissa-extracted", model, r=4)
+    second = adapter_of(kind, model, seed=7, r=4)
+    first.save(tmp_path / "1"), second.save(tmp_path / "2")
+    other = build()
+    with pytest.raises(RuntimeError, match="order"): load_adapter(other, tmp_path / "2")
+    a, b = load_adapter(other, tmp_path / "1"), load_adapter(other, tmp_path / "2")
+    with first(model, 1.0), second(model, -1.0), a(other, 1.0), b(other, -1.0): assert torch.equal(logits(model, tokens()), logits(other, tokens()))
+
+
+def test_an_unextracted_twin_does_not_extract_a_second_time(tmp_path):
+    "Built alike, the two have one id; what is out of the weight is the other's all the same."
+    model = build()
+    twin, a = adapter_of("pissa-unextracted", model), adapter_of("pissa-extracted", model)
+    a.save(tmp_path / "a")
+    before = state(model)
+    with pytest.raises(RuntimeError, match="once"): twin.load(tmp_path / "a")
+    assert not changes(before, model)
+
+
+@every_kind
+def test_loading_into_an_adapter_keeps_its_parameters(tmp_path, kind):
+    model, ids = build(), tokens()
+    a = adapter_of(kind, model)
+    a.save(tmp_path / "a")
+    y, params = run(a, model), list(a.parameters())
+    optimizer = torch.optim.AdamW(a.parameters(), lr=0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with a(model, 1.0): model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert gap(run(a, model), y) > 2**-10
+    a.load(tmp_path / "a")
+    assert [id(p) for p in a.parameters()] == [id(p) for p in params] == [id(p) for g in optimizer.param_groups for p in g["params"]]
+    assert torch.equal(run(a, model), y)
+
+
+@pytest.mark.parametrize("before", KINDS[1:])
+@pytest.mark.parametrize("stored", KINDS[1:])
+def test_loading_switches_between_the_forms_of_pissa(tmp_path, before, stored):
+    source, model = build(), build()
+    theirs = adapter_of(stored, source, seed=1, layer_range=(0.0, 0.5))
+    mine = adapter_of(before, model, seed=9, layer_range=(0.0, 0.5), init=(0.0, 0.0))
+    theirs.save(tmp_path / "a")
+    mine.load(tmp_path / "a")
+    assert mine.extracted == theirs.extracted and torch.equal(run(mine, model), run(theirs, source))
+    if mine.extracted: mine.restore_base_W()
+    assert torch.equal(logits(model, tokens()), logits(build(), tokens()))
+
+
+def test_loading_gives_a_legacy_born_adapter_what_it_lacked(tmp_path):
+    a = adapter_of("pissa-unextracted", build())
+    a.save(tmp_path / "new")
+    flat = {k: v for k, v in load_file(tmp_path / "new").items() if k.partition(".")[0] not in ("chosen_idx", "spectrum")}
+    flat = {f"{k.partition('.')[0]}.{k.partition('.')[2].replace('.', '__')}": v for k, v in flat.items()}
+    save_file(flat, tmp_path / "old", {"r": "6", "alpha": "6", "targets": "all-linear", "layer_range": "0.0,1.0", "kind": "pissa"})
+    b = load_adapter(build(), tmp_path / "old")
+    b.load(tmp_path / "new")
+    assert {n: t.tolist() for n, t in b.chosen_idx.items()} == {n: t.tolist() for n, t in a.chosen_idx.items()}
+
+
+@every_kind
+def test_a_write_that_is_killed_leaves_the_old_file(tmp_path, kind, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    a = adapter_of(kind, build())
+    a.save(path)
+    old, real = path.read_bytes(), checkpoint.save_file
+    def half(flat, filename, metadata=None):
+        real(flat, filename, metadata=metadata)
+        with open(filename, "r+b") as f: f.truncate(1000)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises(KeyboardInterrupt): a.save(path)
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(KeyboardInterrupt): a.save(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_model_that_is_copied_takes_its_rounds_along(tmp_path):
+    model = build()
+    a = adapter_of("pissa-extracted", model)
+    a.save(tmp_path / "a")
+    with pytest.raises(RuntimeError, match="once"): load_adapter(copy.deepcopy(model), tmp_path / "a")
+
+
+def test_strict_false_does_not_extract_twice_either(tmp_path):
+    model = build()
+    adapter_of("pissa-extracted", model).save(tmp_path / "a")
+    before = state(model)
+    with pytest.raises(RuntimeError, match="once"): load_adapter(model, tmp_path / "a", strict=False)
+    assert not changes(before, model)
+
+
+def test_saving_where_no_file_can_be_written_is_an_oserror_that_names_it(tmp_path):
+    a, long = adapter_of("lora", build()), tmp_path / ("n" * 300)
+    with pytest.raises(OSError, match="folder.*create"): a.save(tmp_path / "none" / "a")
+    with pytest.raises(OSError, match="nnn"): a.save(long)
+    with pytest.raises(OSError, match=str(tmp_path)): a.save(tmp_path)
+    assert not list(tmp_path.iterdir())
