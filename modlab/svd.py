@@ -95,7 +95,7 @@ def thin_svd(W: Tensor, # a weight (o, i), of any float dtype
     check_weight(W, name)
     return factorise(W)
 
-# %% ../nbs/07_svd.ipynb #1e2d2da5
+# %% ../nbs/07_svd.ipynb #e393af79
 def workers(weights: Mapping[str, Tensor]) -> int: # at least 1
     "Layers at a time: one a core, at most 8 (each holds float64 copies); one where a weight lies on an accelerator."
     on_cpu = all(W.device.type == "cpu" for W in weights.values())
@@ -106,9 +106,10 @@ def in_order(jobs: Mapping[str, Tensor], # what to hand out
             ) -> Iterator[tuple[str, SVD]]:
     "`(name, job(value))` in the order of `jobs`, from a pool of threads that are one BLAS thread each."
     threads, count, waiting, running = torch.get_num_threads(), workers(jobs), iter(jobs.items()), deque()
+    quiet = len(jobs) < 16 or os.environ.get("TQDM_DISABLE", "0") not in ("", "0") # tqdm's notebook bar overlooks the variable
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        for _ in tqdm(jobs, desc="SVD", leave=False) if len(jobs) >= 16 else jobs:
+        for _ in tqdm(jobs, desc="SVD", leave=False, disable=quiet):
             while len(running) < 2 * count and (item := next(waiting, None)):
                 running.append((item[0], pool.submit(job, item[1])))
             name, result = running.popleft()

@@ -32,9 +32,11 @@ def test_scores_are_numpys(seed, o, i, n_cho, n_rej, mean):
         scores = selection_scores(S, mode, stats).numpy()
         np.testing.assert_allclose(scores[alive], want[alive], rtol=1e-4, atol=1e-6 * (1 + mean))
         assert (scores[~alive] == -np.inf).all()
+    # The product is float32: where a mean of 1000 cancels, its rounding is all there is.
     one = project(torch.cat(list(X.values())), Vh)
     for mode in ("wanda", "act_only"):
-        torch.testing.assert_close(selection_scores(S, mode, one), selection_scores(S, mode, stats))
+        once, twice = selection_scores(S, mode, one), selection_scores(S, mode, stats)
+        torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-6 * (1 + mean))
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,193 @@
+"""Files that are no adapter, not this adapter, or not whole: an OSError or ValueError that names the file, and nothing has changed."""
+import json
+import re
+import struct
+
+import pytest
+import torch
+from models import KINDS, adapter_of, build, changes, logits, state, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from modlab import ModulatedLoRA, ModulatedPiSSA, load_adapter, read_metadata
+from modlab.adapter import Adapter
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+CLASS = {"lora": ModulatedLoRA, "pissa-extracted": ModulatedPiSSA, "pissa-unextracted": ModulatedPiSSA}
+
+
+def everything(a):
+    "What a failed load must not change in an adapter."
+    return ({t: {n: (id(v), v.detach().clone()) for n, v in getattr(a, t).items()} for t in a.tables}, a.cfg, a.c, a.attached, getattr(a, "extracted", None))
+
+
+def alike(x, y):
+    tables = [[(n, i) for n, (i, _) in of.items()] for t in (x, y) for of in t[0].values()]
+    values = all(torch.equal(v, y[0][t][n][1]) for t, of in x[0].items() for n, (_, v) in of.items())
+    return tables[:len(tables) // 2] == tables[len(tables) // 2:] and values and x[1:] == y[1:]
+
+
+def refused(path, error, says, kind="lora", ways=("load_adapter", "from_checkpoint", "load", "read_metadata"), **kw):
+    model, mine = build(), None
+    calls = {"load_adapter": lambda: load_adapter(model, path), "from_checkpoint": lambda: CLASS[kind].from_checkpoint(model, path),
+             "read_metadata": lambda: read_metadata(path), "load": lambda: mine.load(path)}
+    for way in ways:
+        if way == "load" and mine is None: mine = adapter_of(kind, model, seed=11, **kw)
+        before, own = state(model), mine and everything(mine)
+        with pytest.raises(error) as e: calls[way]()
+        assert str(path) in str(e.value), f"{way} does not name the file: {e.value}"
+        missing = [s for s in says if not re.search(s, str(e.value))]
+        assert not missing, f"{way}: {missing} not in {e.value}"
+        assert not changes(before, model) and (mine is None or alike(own, everything(mine))), way
+    with mine(model, 1.0) if mine else torch.no_grad(): assert logits(model, tokens()).isfinite().all()
+
+
+@every_kind
+def test_no_such_file(tmp_path, kind):
+    refused(tmp_path / "none.safetensors", FileNotFoundError, ["no such file"], kind)
+    refused(tmp_path, OSError, [], kind)
+
+
+@every_kind
+@pytest.mark.parametrize("cut", [0, 4, 200, -1, 0.5], ids=lambda c: f"to {c}")
+def test_a_truncated_file(tmp_path, kind, cut):
+    path = tmp_path / "a"
+    adapter_of(kind, build()).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:int(len(whole) * cut) if isinstance(cut, float) else cut])
+    refused(path, OSError, ["complete|cut off"], kind)
+
+
+@pytest.mark.parametrize("content", [b"not a tensor in sight " * 20, b"\x80\x04pickle" * 9, struct.pack("<Q", 3) + b"{]}"])
+def test_something_else_altogether(tmp_path, content):
+    path = tmp_path / "a"
+    path.write_bytes(content)
+    refused(path, OSError, ["safetensors"])
+
+
+W = {"model.layers.0.self_attn.q_proj.weight": torch.ones(4, 4)}
+PEFT = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 4)}
+
+
+@pytest.mark.parametrize("tensors, header", [(W, None), (W, {"format": "pt"}), (PEFT, {"format": "pt"}), (W, {"format": "1"}), (W, {"format": "[]"}),
+                                             (W, {"r": "4"}), ({"A.x": torch.ones(2, 2)}, {"format": "np", "kind": "lora"})])
+def test_a_foreign_safetensors_file(tmp_path, tensors, header):
+    "Such as a model's own weights, or an adapter of PEFT, which both say `format: pt`."
+    save_file(tensors, tmp_path / "model.safetensors", header)
+    refused(tmp_path / "model.safetensors", OSError, ["no modlab adapter|not a modlab"])
+
+
+def rewrite(path, header=(), drop=(), **tensors):
+    "The same file with other header entries or tensors."
+    with safe_open(path, "pt") as f: meta = f.metadata()
+    flat = {k: v for k, v in load_file(path).items() if not any(re.search(d, k) for d in drop)} | tensors
+    save_file(flat, path, {**meta, **{k: json.dumps(v) for k, v in dict(header).items()}})
+
+
+@every_kind
+def test_a_file_of_the_future(tmp_path, kind):
+    adapter_of(kind, build()).save(tmp_path / "a")
+    rewrite(tmp_path / "a", {"format": 99})
+    refused(tmp_path / "a", OSError, ["99", "upgrade"], kind)
+
+
+@every_kind
+def test_an_unknown_kind(tmp_path, kind):
+    adapter_of(kind, build()).save(tmp_path / "a")
+    rewrite(tmp_path / "a", {"kind": "dora"})
+    refused(tmp_path / "a", OSError, ["dora", "lora"], kind, ["load_adapter"])
+    refused(tmp_path / "a", ValueError, ["dora", CLASS[kind].kind], kind, ["from_checkpoint", "load"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("other", KINDS)
+def test_an_adapter_of_the_other_kind(tmp_path, kind, other):
+    if CLASS[kind] is CLASS[other]: assert CLASS[kind].kind in Adapter.kinds; return
+    adapter_of(other, build()).save(tmp_path / "a")
+    refused(tmp_path / "a", ValueError, [CLASS[kind].kind, CLASS[other].kind, "load_adapter"], kind, ["from_checkpoint", "load"])
+
+
+@every_kind
+@pytest.mark.parametrize("lost", [r"^(B|S)\.", r"^(A|delta_s)\.model\.layers\.1\.mlp\.up_proj", "layers.2"])
+def test_tables_that_are_incomplete(tmp_path, kind, lost):
+    adapter_of(kind, build()).save(tmp_path / "a")
+    rewrite(tmp_path / "a", drop=[lost])
+    says = ["7 would stay empty", "layers.2"] if lost == "layers.2" else ["incomplete"]
+    refused(tmp_path / "a", ValueError if lost == "layers.2" else OSError, says, kind, ["load_adapter", "from_checkpoint", "load"])
+
+
+@every_kind
+def test_a_table_too_many(tmp_path, kind):
+    adapter_of(kind, build()).save(tmp_path / "a")
+    rewrite(tmp_path / "a", **{"gate.model.layers.0.mlp.up_proj": torch.ones(3)})
+    refused(tmp_path / "a", (OSError, ValueError), ["gate"], kind, ["load_adapter", "from_checkpoint", "load"])
+
+
+@every_kind
+def test_factors_of_another_shape(tmp_path, kind):
+    adapter_of(kind, build()).save(tmp_path / "a")
+    key = "A" if kind == "lora" else "Vh"
+    rewrite(tmp_path / "a", **{f"{key}.model.layers.3.mlp.up_proj": torch.ones(6, 63)})
+    refused(tmp_path / "a", (OSError, ValueError), [r"layers\.3\.mlp\.up_proj", "63"], kind, ["load_adapter", "from_checkpoint", "load"])
+
+
+@every_kind
+def test_a_gain_of_another_length(tmp_path, kind):
+    if kind == "lora": key, t = "B", torch.ones(128, 5)
+    else: key, t = "delta_s", torch.ones(5)
+    adapter_of(kind, build()).save(tmp_path / "a")
+    rewrite(tmp_path / "a", **{f"{key}.model.layers.3.mlp.up_proj": t})
+    refused(tmp_path / "a", (OSError, ValueError), [r"layers\.3\.mlp\.up_proj"], kind, ["load_adapter", "from_checkpoint", "load"])
+
+
+@every_kind
+def test_other_targets_are_counted(tmp_path, kind):
+    adapter_of(kind, build(), layer_range=(0.0, 0.5)).save(tmp_path / "a")
+    refused(tmp_path / "a", ValueError, ["7 would be dropped", "7 would stay empty", "from_checkpoint"], kind, ["load"], layer_range=(0.25, 0.75))
+    refused(tmp_path / "a", ValueError, ["0 would be dropped", "14 would stay empty"], kind, ["load"])
+
+
+@every_kind
+def test_another_rank(tmp_path, kind):
+    adapter_of(kind, build(), r=5).save(tmp_path / "a")
+    refused(tmp_path / "a", ValueError, [r"\(5", r"\(6", "from_checkpoint"], kind, ["load"])
+
+
+@every_kind
+def test_another_base_model(tmp_path, kind):
+    adapter_of(kind, build(seed=1)).save(tmp_path / "a")
+    refused(tmp_path / "a", ValueError, ["28 of 28", "q_proj", "strict=False"], kind, ["load_adapter", "from_checkpoint", "load"])
+
+
+@every_kind
+def test_a_model_of_other_names(tmp_path, kind):
+    adapter_of(kind, build("opt"), targets=("fc1",)).save(tmp_path / "a")
+    refused(tmp_path / "a", ValueError, ["fc1"], kind, ["load_adapter", "from_checkpoint"])
+    refused(tmp_path / "a", ValueError, ["2 would be dropped", "28 would stay empty"], kind, ["load"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_onto_a_weight_that_is_already_extracted(tmp_path, kind):
+    adapter_of(kind, build()).save(tmp_path / "a")
+    model = build()
+    first, before = adapter_of("pissa-extracted", model, seed=4, r=3), None
+    before = state(model)
+    for call in (lambda: load_adapter(model, tmp_path / "a"), lambda: CLASS[kind].from_checkpoint(model, tmp_path / "a", strict=False)):
+        with pytest.raises(RuntimeError, match=rf"{tmp_path / 'a'}.*1 extraction.*restore_base_W"): call()
+    assert not changes(before, model)
+    first.restore_base_W()
+    assert load_adapter(model, tmp_path / "a").layers
+
+
+def test_an_extracted_adapter_without_its_base_cannot_load(tmp_path):
+    a = adapter_of("pissa-extracted", build())
+    a.save(tmp_path / "a")
+    refused(tmp_path / "a", RuntimeError, ["restore_base_W"], "pissa-extracted", ["load"], keep_base=False)
+
+
+@pytest.mark.parametrize("extra", [{"x": object()}, {"x": torch.ones(2)}], ids=["object", "tensor"])
+def test_extra_meta_that_is_no_json(tmp_path, extra):
+    a = adapter_of("lora", build())
+    with pytest.raises(ValueError, match="extra_meta"): a.save(tmp_path / "a", extra_meta=extra)
+    assert not list(tmp_path.iterdir())
