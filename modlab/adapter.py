@@ -122,25 +122,33 @@ class Hooked:
                 leave.callback(layer.register_forward_hook(low_rank_hook(self, name), with_kwargs=True).remove)
             yield self
 
-# %% ../nbs/05_adapter.ipynb #e5677873
+# %% ../nbs/05_adapter.ipynb #5ce8de1c
 def check_ranks(adapter:"Adapter", ck:Checkpoint) -> None:
     "`ValueError` unless the file's tables can be copied into the adapter's."
-    for table, of in ck.tables.items():
+    for table in adapter.trains + (adapter.up, adapter.down):
+        of = ck.tables[table]
         for name, t in getattr(adapter, table).items():
             if t.shape == of[name].shape: continue
             raise ValueError(f"{ck.path}: {table} of {name} is {tuple(of[name].shape)} in the file and {tuple(t.shape)} here; "
                              f"use {type(adapter).__name__}.from_checkpoint(model, path)")
 
-# %% ../nbs/05_adapter.ipynb #047332fb
+# %% ../nbs/05_adapter.ipynb #7474036a
+def place(t:Tensor, layer:nn.Module, dtype:torch.dtype) -> Tensor:
+    "A factor where its layer lives (a sharded model has many devices); whole numbers, such as indices, stay on the CPU."
+    return t.detach().to(next(layer.parameters()).device, dtype).contiguous() if t.is_floating_point() else t
+
 @torch.no_grad()
 def copy_tables(adapter:"Adapter", ck:Checkpoint) -> None:
-    "Copy a file's tables and configuration (not its dtype) into an adapter; optional tables that it lacks become empty."
+    "Take over a file's tables and configuration (not its dtype): parameters in place; optional tables that it lacks are empty."
     adapter.cfg = replace(config_from(ck, adapter.config), dtype=adapter.cfg.dtype)
     for table in adapter.tables:
-        if table not in ck.tables: setattr(adapter, table, {})
-        for name, t in getattr(adapter, table).items(): t.copy_(ck.tables[table][name])
+        of = ck.tables.get(table, {})
+        if table not in adapter.trains:
+            setattr(adapter, table, {n: place(of[n], layer, adapter.cfg.factor_dtype) for n, layer in adapter.layers.items() if of})
+        else:
+            for name, parameter in getattr(adapter, table).items(): parameter.copy_(of[name])
 
-# %% ../nbs/05_adapter.ipynb #2a4ea985
+# %% ../nbs/05_adapter.ipynb #9d95025b
 class Stored:
     "Saving and loading. Every error names the file and leaves model and adapter as they were."
     def save(self, path:str|Path, extra_meta:Mapping[str, object]|None=None) -> None:
@@ -151,7 +159,7 @@ class Stored:
     def load(self, path:str|Path, strict:bool=True) -> None:
         "Take over a file's numbers in place, so that an optimizer keeps its parameters. `strict=False`: another base only warns."
         ck = read_checkpoint(path)
-        self._check(self.model, ck, self.layers, strict, live=getattr(self, "id", None))
+        self._check(self.model, ck, self.layers, strict, live=self._live())
         check_ranks(self, ck)
         self._take_over(ck)
 
@@ -167,33 +175,25 @@ class Stored:
 
     @classmethod
     def _check(cls, model, ck, layers, strict, live=None): check_file(cls, ck, layers, strict, live)
-    def _meta(self) -> dict: return {}
+    def _meta(self) -> dict: return {} # what a kind adds to its file's header
+    def _live(self) -> str|None: return None # the id under which this adapter has changed the base, if it has
     def _take_over(self, ck:Checkpoint) -> None: copy_tables(self, ck)
 
-# %% ../nbs/05_adapter.ipynb #2a38fe31
-def place(t:Tensor, layer:nn.Module, dtype:torch.dtype, trains:bool) -> Tensor:
-    "A factor where its layer lives (a sharded model has many devices); whole numbers, such as indices, stay on the CPU."
-    if not t.is_floating_point(): return t
-    t = t.detach().to(next(layer.parameters()).device, dtype).contiguous()
-    return nn.Parameter(t.clone()) if trains else t
-
+# %% ../nbs/05_adapter.ipynb #23a3cb9b
 def check_layer(adapter:"Adapter", name:str) -> None:
     if name not in adapter.layers:
         near = difflib.get_close_matches(name, adapter.layers, n=1) or list(adapter.layers)[:1]
         raise ValueError(f"{name!r} is not one of the adapter's {len(adapter.layers)} layers; did you mean {near[0]!r}?")
 
 def build(adapter:"Adapter", model:nn.Module, cfg:LoRAConfig, layers:dict[str, nn.Module], tables:Tables) -> None:
-    "Take the tables on, freeze the model, say so in the log."
+    "Take the tables on: each factor where its layer lives, those that train as parameters."
     adapter.model, adapter.cfg, adapter.layers = model, cfg, layers
     adapter.base = {name: fingerprint(layer) for name, layer in layers.items()}
     for table in adapter.tables:
-        trains = table in adapter.trains
-        setattr(adapter, table, {n: place(tables[table][n], layer, cfg.factor_dtype, trains)
-                                 for n, layer in layers.items() if table in tables})
-    model.requires_grad_(False)
-    logger.info("%r", adapter)
+        of = {n: place(tables[table][n], layer, cfg.factor_dtype) for n, layer in layers.items() if table in tables}
+        setattr(adapter, table, {n: nn.Parameter(t.clone()) for n, t in of.items()} if table in adapter.trains else of)
 
-# %% ../nbs/05_adapter.ipynb #589b885f
+# %% ../nbs/05_adapter.ipynb #f6952b07
 class Adapter(Hooked, Stored):
     "A kind of adapter: named tables of factors, one scalar. Subclasses make the tables and give the slope of the gain."
     kind: ClassVar[str] = "" # how files call it
@@ -206,7 +206,13 @@ class Adapter(Hooked, Stored):
     kinds: ClassVar[dict[str, type["Adapter"]]] = {}
 
     def __init_subclass__(cls): Adapter.kinds[cls.kind] = cls
-    def _build(self, model, cfg, layers, tables, meta): build(self, model, cfg, layers, tables)
+    def _build(self, model, cfg, layers, tables, meta):
+        build(self, model, cfg, layers, tables)
+        self._settle(meta)
+        model.requires_grad_(False)
+        logger.info("%r", self)
+
+    def _settle(self, meta:Mapping) -> None: pass # what a kind does to the base, once its tables are there
     def slope(self, name:str) -> Float[Tensor, "r"]: raise NotImplementedError
     def offset(self, name:str) -> Float[Tensor, "r"]|None: return None
 

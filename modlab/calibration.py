@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['capture_activations']
 
-# %% ../nbs/09_calibration.ipynb #ab8ec9f7
+# %% ../nbs/09_calibration.ipynb #2c90f26f
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .adapter import layer_input

@@ -30,16 +30,22 @@ logger = logging.getLogger("modlab")
 FORMAT = 1 # of the files written here; the earlier implementation's count as 0
 Tables = Mapping[str, Mapping[str, Tensor]] # table ("A", "U", …) -> module name -> tensor
 
-# %% ../nbs/04_checkpoint.ipynb #b075cfb9
+# %% ../nbs/04_checkpoint.ipynb #863abaa8
+def extra_header(extra:Mapping[str, object]) -> dict[str, str]:
+    try: return {str(key): json.dumps(value) for key, value in extra.items()}
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"extra_meta must hold JSON values (numbers, strings, lists, dicts of them): {e}") from e
+
 def write_checkpoint(path:str|Path, tables:Tables,
                      meta:Mapping[str, object], # what loading relies on; JSON values
                      extra:Mapping[str, object], # the user's own; JSON values
                     ) -> None:
     "Write atomically. `ValueError` if `extra` uses a reserved key, `OSError` if the folder is missing."
     path = Path(path)
+    meta = {**meta, "format": FORMAT}
     if clash := sorted(set(extra) & set(meta)): raise ValueError(f"extra_meta uses reserved keys: {clash}; rename them")
     if not path.parent.is_dir(): raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
-    header = {key: json.dumps(value) for key, value in {**extra, **meta, "format": FORMAT}.items()}
+    header = {key: json.dumps(value) for key, value in meta.items()} | extra_header(extra)
     flat = {f"{table}.{name}": t.detach().cpu().contiguous() for table, of in tables.items() for name, t in of.items()}
     half = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -47,7 +53,7 @@ def write_checkpoint(path:str|Path, tables:Tables,
         half.replace(path)
     finally: half.unlink(missing_ok=True)
 
-# %% ../nbs/04_checkpoint.ipynb #722653ea
+# %% ../nbs/04_checkpoint.ipynb #71586065
 LEGACY_TABLES = {"A", "B", "U", "S", "Vh", "delta_s"}
 LEGACY_FIELDS = dict(r=int, alpha=float, targets=lambda s: s.split(","), layer_range=lambda s: [float(f) for f in s.split(",")],
                      kind=str, selection_score=str)
@@ -61,10 +67,15 @@ def open_file(path:str|Path):
 
 def decode_header(path:str|Path, header:Mapping[str, str], keys:Iterable[str]) -> dict:
     "The header's values; a file without a format is one of the earlier implementation's, if its tables are."
-    if "format" in header: return {key: json.loads(value) for key, value in header.items()}
-    if "r" not in header or not {key.partition(".")[0] for key in keys} <= LEGACY_TABLES:
-        raise OSError(f"{path}: a safetensors file, but no modlab adapter (its header has {sorted(header)})")
-    known = {key: read(header[key]) for key, read in LEGACY_FIELDS.items() if key in header}
+    foreign = OSError(f"{path}: a safetensors file, but no modlab adapter (its header has {sorted(header)})")
+    try:
+        if {"format", "kind", "fingerprint"} <= set(header):
+            meta = {key: json.loads(value) for key, value in header.items()}
+            if not isinstance(meta["format"], int): raise foreign
+            return meta
+        if "r" not in header or not {key.partition(".")[0] for key in keys} <= LEGACY_TABLES: raise foreign
+        known = {key: read(header[key]) for key, read in LEGACY_FIELDS.items() if key in header}
+    except ValueError as e: raise OSError(f"{path}: its header makes no sense ({e}); save the adapter again") from e
     return {**header, "kind": "lora", **known, "format": 0}
 
 # %% ../nbs/04_checkpoint.ipynb #5b9ec1c4
@@ -173,7 +184,7 @@ def check_rounds(path:Path, stored:Mapping[str, dict], layers:Mapping[str, nn.Mo
                            f"{len(then)} {then}; load extracted rounds in the order they were made, or restore_base_W() "
                            "those that came since")
 
-# %% ../nbs/04_checkpoint.ipynb #19771ca3
+# %% ../nbs/04_checkpoint.ipynb #123e9cba
 def config_meta(cfg:LoRAConfig) -> dict:
     "A configuration as JSON values: dtypes and callables by their name."
     def plain(v):
@@ -184,14 +195,19 @@ def config_meta(cfg:LoRAConfig) -> dict:
 def config_from(ck:Checkpoint, kind:type[LoRAConfig]) -> LoRAConfig:
     "The configuration that a file was written with; fields that it lacks keep their defaults, and the dtype is as stored."
     given = {f.name: ck.meta[f.name] for f in fields(kind) if f.name in ck.meta}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}  # JSON has no tuples
     stored = next((t.dtype for t in next(iter(ck.tables.values())).values()), torch.float32)
     dtype = given.pop("dtype", str(stored).removeprefix("torch."))
-    return kind(**given, dtype=None if dtype is None else getattr(torch, dtype))
+    given["dtype"] = None if dtype is None else getattr(torch, dtype)
+    try: return kind(**given)
+    except ValueError as e:
+        if ck.legacy: return kind(**given | exactly(ck.names))  # a comma inside a pattern tore it apart: the names are the truth
+        raise ValueError(f"{ck.path}: {e}") from e
 
 def exactly(names:Iterable[str]) -> dict: # fields of a configuration that selects these layers and no others
     return dict(targets=tuple(f"^{re.escape(n)}$" for n in names), exclude=(), layer_range=(0.0, 1.0))
 
-# %% ../nbs/04_checkpoint.ipynb #f84946ca
+# %% ../nbs/04_checkpoint.ipynb #67d4fa9c
 def layers_for(ck:Checkpoint, model:nn.Module, cfg:LoRAConfig) -> tuple[LoRAConfig, dict[str, nn.Module]]:
     "The layers of `model` that a file's configuration selects; errors name the file."
     try: layers = find_targets(model, cfg)
@@ -199,8 +215,8 @@ def layers_for(ck:Checkpoint, model:nn.Module, cfg:LoRAConfig) -> tuple[LoRAConf
         if not ck.legacy: raise ValueError(f"{ck.path}: its targets do not fit this model: {e}") from e
         layers = {}
     if ck.legacy and set(layers) != set(ck.names):
-        there = linear_layers(model)
-        cfg, layers = replace(cfg, **exactly(ck.names)), {n: there[n] for n in ck.names if n in there}
+        named = set(ck.names)
+        cfg, layers = replace(cfg, **exactly(ck.names)), {n: m for n, m in linear_layers(model).items() if n in named}
     return cfg, layers
 
 # %% ../nbs/04_checkpoint.ipynb #d16e81c2
@@ -211,13 +227,15 @@ def check_shapes(kind:type, ck:Checkpoint, name:str, shape:tuple[int, int]) -> N
         raise ValueError(f"{ck.path}: {name} is a layer of (o, i) = {shape}, the file's factors are {tuple(up.shape)} and "
                          f"{tuple(down.shape)}; load the model it was made on")
 
-# %% ../nbs/04_checkpoint.ipynb #9268646a
+# %% ../nbs/04_checkpoint.ipynb #85e781b7
 def check_file(kind:type, ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool, live:str|None=None) -> None:
     "Everything that must hold before a file is let in; nothing is changed. `live`: id of the adapter that takes it over."
     if ck.meta["kind"] != kind.kind:
         raise ValueError(f"{ck.path}: holds an adapter of kind {ck.meta['kind']!r}, not {kind.kind!r}; "
                          "load_adapter(model, path) reads either")
     needed = set(kind.tables) - set(kind.optional)
+    if unknown := sorted(set(ck.tables) - set(kind.tables)):
+        raise OSError(f"{ck.path}: it has tables {unknown}, which an adapter of kind {kind.kind!r} does not; a newer modlab wrote it")
     if missing := sorted(t for t in needed if set(ck.tables.get(t, {})) != set(ck.names)):
         raise OSError(f"{ck.path}: incomplete: its tables {missing} do not cover all of its layers; save the adapter again")
     check_names(ck.path, ck.names, layers)

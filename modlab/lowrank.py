@@ -57,13 +57,13 @@ def stack(maps:Sequence[LowRank], # on one layer; ranks may differ
     if len(shapes) > 1: raise ValueError(f"maps of different layers cannot be stacked: their (o, i) are {sorted(shapes)}")
     return LowRank(torch.cat([m.down for m in maps]), torch.cat([m.gain for m in maps], -1), torch.cat([m.up for m in maps], 1))
 
-# %% ../nbs/00_lowrank.ipynb #42aadf7e
+# %% ../nbs/00_lowrank.ipynb #c9c3f51b
 def fold(W:Float[Tensor, "o i"], # a weight of any float dtype; not modified
          m:LowRank,
         ) -> Float[Tensor, "o i"]: # dtype of `W`
     "`W + up · diag(gain) · down`, accumulated in float32 at least and rounded once."
     wide = torch.promote_types(W.dtype, torch.float32)
-    return torch.addmm(W.to(wide), (m.up * m.gain).to(wide), m.down.to(wide)).to(W.dtype)
+    return torch.addmm(W.to(wide), m.up.to(wide) * m.gain.to(wide), m.down.to(wide)).to(W.dtype)
 
 # %% ../nbs/00_lowrank.ipynb #0cb2987b
 def recompress(m:LowRank, # rank R, one gain a direction

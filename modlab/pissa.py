@@ -49,7 +49,7 @@ class PiSSAConfig(LoRAConfig):
                              "(0.0, 0.0) starts as a no-op")
         object.__setattr__(self, "init", (float(mean), float(std)))
 
-# %% ../nbs/10_pissa.ipynb #034f95da
+# %% ../nbs/10_pissa.ipynb #b2af8df7
 def check_extractable(model:nn.Module, layers:Mapping[str, nn.Module]) -> None:
     "`ValueError` naming the first layer whose weight cannot be replaced, with the way out."
     shared = shared_weights(model)
@@ -58,19 +58,19 @@ def check_extractable(model:nn.Module, layers:Mapping[str, nn.Module]) -> None:
         if why: raise ValueError(f"{name} ({type(layer).__name__}) {why}: nothing can be extracted from its weight; "
                                  "pass extract=False")
 
-def write_weight(layer:nn.Module, W:Float[Tensor, "o i"]) -> None:
-    layer.weight.data = (W.T if isinstance(layer, Conv1D) else W).contiguous()
+def as_stored(layer:nn.Module, W:Float[Tensor, "o i"]) -> Tensor: # (o, i), or (i, o) for a Conv1D
+    return (W.T if isinstance(layer, Conv1D) else W).contiguous()
 
-# %% ../nbs/10_pissa.ipynb #e545f08e
+# %% ../nbs/10_pissa.ipynb #8bf4369a
 def extract(adapter:"ModulatedPiSSA") -> None:
     "Write `W_res` into every layer; if anything goes wrong on the way, the layers already written are put back."
     try:
         for name, layer in adapter.layers.items():
             taken = LowRank(adapter.Vh[name], adapter.S[name], adapter.U[name])
-            W_res = fold(dense_weight(layer), LowRank(taken.down, -taken.gain, taken.up))
+            W_res = as_stored(layer, fold(dense_weight(layer), LowRank(taken.down, -taken.gain, taken.up)))
             base = layer.weight.data if adapter.keep_base else None
             rounds(layer).append(Round(adapter.id, base, taken, adapter.base[name]))
-            write_weight(layer, W_res)
+            layer.weight.data = W_res
     except BaseException:
         for layer in adapter.layers.values(): put_back(layer, adapter.id)
         raise
@@ -78,9 +78,9 @@ def extract(adapter:"ModulatedPiSSA") -> None:
 def put_back(layer:nn.Module, id:str) -> None:
     "Undo the newest extraction if it is this adapter's: the very tensor, or `W_res + U S Vh` where it was not kept."
     if not rounds(layer) or rounds(layer)[-1].id != id: return
-    last = rounds(layer).pop()
-    if last.base is not None: layer.weight.data = last.base
-    else: write_weight(layer, fold(dense_weight(layer), last.taken))
+    last = rounds(layer)[-1]
+    layer.weight.data = as_stored(layer, fold(dense_weight(layer), last.taken)) if last.base is None else last.base
+    rounds(layer).pop()
 
 # %% ../nbs/10_pissa.ipynb #92d66242
 def without(W:Float[Tensor, "o i"], m:LowRank) -> Float[Tensor, "o i"]:
@@ -108,7 +108,7 @@ def projections(name:str, X:Tensor|Mapping[str, Tensor], Vh:Float[Tensor, "k i"]
     "Statistics of the captured inputs along each right singular vector; errors name the layer."
     return {side: project(x, Vh, name) for side, x in X.items()} if isinstance(X, Mapping) else project(X, Vh, name)
 
-# %% ../nbs/10_pissa.ipynb #9165d6a6
+# %% ../nbs/10_pissa.ipynb #b16b80d8
 def check_calibration(layers:Mapping[str, nn.Module], mode:Score, X:Mapping|None) -> None:
     "`ValueError`, before anything is decomposed, if the activations are missing or of another width."
     check_mode(mode)
@@ -120,6 +120,9 @@ def check_calibration(layers:Mapping[str, nn.Module], mode:Score, X:Mapping|None
         raise ValueError(f"no calibration_activations for {len(missing)} of {len(layers)} layers ({few(missing)}); {how} "
                          "with this adapter's targets")
     for name, layer in layers.items():
+        if mode == "cho_rej_min_std" and not (isinstance(X[name], Mapping) and {"cho", "rej"} <= set(X[name])):
+            raise ValueError(f"{name}: selection_score={mode!r} needs activations of both sides, {{'cho': (n, i), 'rej': (n, i)}}; "
+                             f"{how} with pairs {{prompt, cho, rej}}")
         for x in X[name].values() if isinstance(X[name], Mapping) else [X[name]]:
             if x.ndim != 2 or x.shape[1] != layer_shape(layer)[1]:
                 raise ValueError(f"{name}: calibration_activations are {tuple(x.shape)}, expected "
@@ -155,7 +158,7 @@ def check_restorable(adapter:"ModulatedPiSSA") -> None:
     if later: raise RuntimeError(f"a later round is extracted from {len(later)} of the same layers ({few(later)}); "
                                  "restore that one first")
 
-# %% ../nbs/10_pissa.ipynb #4b3c66d1
+# %% ../nbs/10_pissa.ipynb #c9d967c1
 class Extracting:
     "The part of a PiSSA adapter that knows whether its directions are in the weight or out of it."
     extracted, keep_base = False, True
@@ -165,12 +168,10 @@ class Extracting:
     def offset(self, name:str) -> Float[Tensor, "r"]|None: return self.S[name] if self.extracted else None
     def _meta(self) -> dict: return dict(id=self.id, extract=self.extracted)
 
-    def _build(self, model, cfg, layers, tables, meta):
-        self.id = meta.get("id") or round_id(tables["S"], layers)
-        super()._build(model, cfg, layers, tables, meta)
-        self._extract()
+    def _live(self) -> str|None: return self.id if self.extracted else None
 
-    def _extract(self) -> None:
+    def _settle(self, meta:Mapping) -> None:
+        self.id = meta.get("id") or round_id(self.S, self.layers)
         if self.cfg.extract: extract(self)
         self.extracted = self.cfg.extract
 
@@ -180,12 +181,20 @@ class Extracting:
         for layer in self.layers.values(): put_back(layer, self.id)
         self.extracted = False
 
-# %% ../nbs/10_pissa.ipynb #5db503ad
+# %% ../nbs/10_pissa.ipynb #8c9a3e27
 def base_of(layer:nn.Module, live:str|None) -> Float[Tensor, "o i"]:
     "The weight, seen past the extraction of the adapter `live`."
     kept = next((r.base for r in rounds(layer) if r.id == live), None)
     if kept is None: return dense_weight(layer)
     return kept.T if isinstance(layer, Conv1D) else kept
+
+def check_lengths(ck:Checkpoint, tables:Sequence[str]) -> None:
+    "`ValueError` unless every per-direction table has one number a direction."
+    for name, Vh in ck.tables["Vh"].items():
+        for table in (t for t in tables if t in ck.tables):
+            if ck.tables[table][name].shape != (len(Vh),):
+                raise ValueError(f"{ck.path}: {table} of {name} is {tuple(ck.tables[table][name].shape)}, expected ({len(Vh)},), one "
+                                 "number a direction; save the adapter again")
 
 def check_directions(ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool, live:str|None) -> None:
     "`ValueError` unless diag(Uᵀ W V) is S, to 3 % of its norm."
@@ -197,20 +206,20 @@ def check_directions(ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool,
     if other: refuse(f"{ck.path}: its singular directions are not those of {len(other)} of {len(layers)} weights ({few(other)}): "
                      "another base, or a weight that they were taken out of already", strict)
 
-# %% ../nbs/10_pissa.ipynb #e20e42c7
+# %% ../nbs/10_pissa.ipynb #f6c5a916
 class Loading:
     "What loading a PiSSA file asks for beyond the common checks."
     @classmethod
     def _check(cls, model, ck, layers, strict, live=None):
         super()._check(model, ck, layers, strict, live)
+        check_lengths(ck, ("S", "delta_s", "chosen_idx"))
         if ck.meta.get("extract", True): check_extractable(model, layers)
         check_directions(ck, layers, strict, live)
 
     def _take_over(self, ck:Checkpoint) -> None:
         if self.extracted: self.restore_base_W()
         super()._take_over(ck)
-        self.id = ck.meta.get("id") or round_id(self.S, self.layers)
-        self._extract()
+        self._settle(ck.meta)
 
     def load(self, path, strict:bool=True) -> None:
         "As `Adapter.load`. An extracted adapter gives its own directions back first, for which its base must have been kept."

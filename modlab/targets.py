@@ -6,11 +6,12 @@
 __all__ = ['LoRAConfig', 'is_linear', 'layer_shape', 'is_quantised', 'dense_weight', 'block_stacks', 'block_of', 'find_targets',
            'role_of', 'target_table']
 
-# %% ../nbs/01_targets.ipynb #9d870175
+# %% ../nbs/01_targets.ipynb #3ab80d48
 import math
 import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-# %% ../nbs/01_targets.ipynb #85089b1c
+# %% ../nbs/01_targets.ipynb #8439b0b5
 def check_rank(r:int) -> None:
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"the rank r must be a whole number of at least 1, got {r!r}")
@@ -27,6 +28,7 @@ def check_rank(r:int) -> None:
 def check_patterns(field:str, value) -> tuple[str, ...]:
     "One pattern or several, as a tuple of regular expressions that compile."
     patterns = (value,) if isinstance(value, str) else tuple(value)
+    if "" in patterns: raise ValueError(f"{field} holds an empty pattern, which would match every name; leave it out")
     for p in patterns:
         try: re.compile(p)
         except (re.error, TypeError) as e:
@@ -35,22 +37,20 @@ def check_patterns(field:str, value) -> tuple[str, ...]:
     return patterns
 
 def check_range(value) -> tuple[float, float]:
-    lo, hi = value
-    if not 0 <= lo < hi <= 1:
-        raise ValueError(f"layer_range must be two fractions with 0 <= lo < hi <= 1, got {tuple(value)}; "
-                         "(0.2, 0.8) is the middle")
-    return float(lo), float(hi)
+    if not (isinstance(value, Sequence) and len(value) == 2 and 0 <= value[0] < value[1] <= 1):
+        raise ValueError(f"layer_range must be two fractions with 0 <= lo < hi <= 1, got {value}; (0.2, 0.8) is the middle")
+    return float(value[0]), float(value[1])
 
-# %% ../nbs/01_targets.ipynb #2a72ac5e
+# %% ../nbs/01_targets.ipynb #986a8ab6
 @dataclass(frozen=True)
 class LoRAConfig:
     "What an adapter is made of and where it goes. `ValueError` for a field that makes no sense, saying what to give instead."
     r: int = 16 # rank
     alpha: float = 32.0 # the update is scaled by alpha / r
-    targets: tuple[str, ...] = ("all-linear",) # "all-linear", or regular expressions searched in the full module name
-    exclude: tuple[str, ...] = ("vision_tower", "lm_head") # regular expressions of names to leave out; they win over targets
+    targets: str | Sequence[str] = ("all-linear",) # "all-linear", or regular expressions searched in the full module name
+    exclude: str | Sequence[str] = ("vision_tower", "lm_head") # regular expressions of names to leave out; they win over targets
     dtype: torch.dtype | None = None # of the factors; None means float32 whatever the base
-    layer_range: tuple[float, float] = (0.0, 1.0) # the part of the block stack, as fractions
+    layer_range: Sequence[float] = (0.0, 1.0) # the part of the block stack, as fractions
 
     def __post_init__(self):
         check_rank(self.r)

@@ -41,3 +41,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    "What a test draws does not depend on which tests ran before it."
+    torch.manual_seed(0)

@@ -51,6 +51,11 @@ def adapter_of(kind, model, seed=2, **kw):
     return a
 
 
+def half(kind, model, **kw):
+    "`adapter_of` on the middle blocks of the deeper Llama, on all of the others: in the matrix, time counts."
+    return adapter_of(kind, model, **dict(layer_range=(0.25, 0.75) if model.config.num_hidden_layers == 4 else (0.0, 1.0)) | kw)
+
+
 @torch.no_grad()
 def logits(model, ids, **kw): return model(input_ids=ids, **kw).logits
 

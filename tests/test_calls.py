@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import ARCHS, KINDS, adapter_of, build, changes, gap, logits, seeded, state, tokens
+from models import ARCHS, KINDS, build, changes, gap, half, logits, seeded, state, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_arch, every_kind = pytest.mark.parametrize("arch", ARCHS), pytest.mark.parametrize("kind", KINDS)
@@ -23,7 +23,7 @@ def generate(model, ids, **kw):
 @every_kind
 def test_generation_with_a_cache_is_generation_without(arch, kind):
     model, ids, c = build(arch), tokens(), torch.tensor([1.0, -2.0, 0.5])
-    base, a = generate(model, ids), adapter_of(kind, model)
+    base, a = generate(model, ids), half(kind, model)
     with a(model, c):
         (t, y), (u, z) = generate(model, ids, use_cache=True), generate(model, ids, use_cache=False)
     assert torch.equal(t, u) and gap(y, z) < CLOSE and gap(y, base[1]) > 100 * CLOSE
@@ -33,7 +33,7 @@ def test_generation_with_a_cache_is_generation_without(arch, kind):
 @every_kind
 def test_left_padded_rows_generate_as_they_would_alone(arch, kind):
     model, cs, lengths = build(arch), [1.0, -2.0, 0.5], [7, 4, 6]
-    ids, a = tokens(), adapter_of(kind, model)
+    ids, a = tokens(), half(kind, model)
     keep = torch.tensor([[0] * (7 - n) + [1] * n for n in lengths])
     with a(model, torch.tensor(cs)): together, y = generate(model, ids * keep, attention_mask=keep)
     for row, (c, n) in enumerate(zip(cs, lengths)):
@@ -45,7 +45,7 @@ def test_left_padded_rows_generate_as_they_would_alone(arch, kind):
 def test_padding_does_not_shift_the_rows(arch):
     "Right-padded, as in training: what a row is given does not depend on its neighbours."
     model, ids, keep = build(arch), tokens(), torch.tensor([[1] * 7, [1] * 3 + [0] * 4, [1] * 5 + [0] * 2])
-    a = adapter_of("pissa-extracted", model)
+    a = half("pissa-extracted", model)
     with a(model, torch.tensor([1.0, -2.0, 0.5])): y = logits(model, ids, attention_mask=keep)
     with a(model, -2.0): assert gap(y[1, :3], logits(model, ids[1:2, :3])[0]) < CLOSE
 
@@ -54,7 +54,7 @@ def test_padding_does_not_shift_the_rows(arch):
 @every_kind
 def test_embeddings_in_place_of_token_ids(arch, kind):
     model, ids = build(arch), tokens()
-    a = adapter_of(kind, model)
+    a = half(kind, model)
     with torch.no_grad(), a(model, torch.tensor([1.0, -2.0, 0.5])):
         y = model(input_ids=ids).logits
         assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, y)
@@ -65,7 +65,7 @@ def test_embeddings_in_place_of_token_ids(arch, kind):
 @every_kind
 def test_the_inner_model_may_be_called(arch, kind):
     model, ids, c = build(arch), tokens(), torch.tensor([1.0, -2.0, 0.5])
-    a, before = adapter_of(kind, model), None
+    a, before = half(kind, model), None
     with torch.no_grad(), a(model, c): y = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
     before = state(model)
     for entered in (model, model.base_model):
@@ -79,7 +79,7 @@ def test_the_inner_model_may_be_called(arch, kind):
 @every_kind
 def test_layer_input_by_position_or_by_keyword(arch, kind):
     model = build(arch)
-    a = adapter_of(kind, model)
+    a = half(kind, model)
     for name, layer in list(a.layers.items())[:4]:
         x, key = torch.randn(2, 5, a.factors(name, 0.0).down.shape[1]), "x" if arch == "gpt2" else "input"
         with torch.no_grad(): bare = layer(x)
@@ -100,7 +100,7 @@ def test_a_layer_that_sees_flattened_tokens(flat):
 @every_kind
 def test_one_row_one_token(kind):
     model, ids = build("opt"), tokens(1, 1)
-    a = adapter_of(kind, model)
+    a = half(kind, model)
     with a(model, 0.5): y = logits(model, ids)
     with a(model, torch.tensor([0.5])): assert torch.equal(logits(model, ids), y)
 
@@ -133,7 +133,7 @@ def test_the_compiler_sees_no_new_graph_when_a_tensor_c_changes():
 @pytest.mark.parametrize("outer", KINDS[::2])
 def test_two_adapters_nested_add_up(outer, inner):
     model = build()
-    a, b = adapter_of(outer, model, seed=3), adapter_of(inner, model, seed=5)
+    a, b = half(outer, model, seed=3), half(inner, model, seed=5)
     before, ids, (name, layer) = state(model), tokens(), list(a.layers.items())[2]
     x = torch.randn(4, layer.in_features, generator=seeded(1))
     with torch.no_grad(), a(model, 1.0):
@@ -149,7 +149,7 @@ def test_two_adapters_nested_add_up(outer, inner):
 @every_kind
 def test_the_dose_is_read_at_each_call(kind):
     model, ids = build(), tokens()
-    a = adapter_of(kind, model)
+    a = half(kind, model)
     with a(model, 1.0): one = logits(model, ids)
     with a(model) as inside:
         assert a.c == 1.0 and torch.equal(logits(model, ids), one)
@@ -163,7 +163,7 @@ def test_the_dose_is_read_at_each_call(kind):
 
 def test_restoring_inside_the_block_goes_on_as_the_other_form():
     model, ids = build(), tokens()
-    base, a = logits(model, ids), adapter_of("pissa-extracted", model)
+    base, a = logits(model, ids), half("pissa-extracted", model)
     with a(model, 1.0):
         y = logits(model, ids)
         a.restore_base_W()
