@@ -184,7 +184,7 @@ def check_rounds(path:Path, stored:Mapping[str, dict], layers:Mapping[str, nn.Mo
                            f"{len(then)} {then}; load extracted rounds in the order they were made, or restore_base_W() "
                            "those that came since")
 
-# %% ../nbs/04_checkpoint.ipynb #123e9cba
+# %% ../nbs/04_checkpoint.ipynb #a5d393c7
 def config_meta(cfg:LoRAConfig) -> dict:
     "A configuration as JSON values: dtypes and callables by their name."
     def plain(v):
@@ -201,8 +201,13 @@ def config_from(ck:Checkpoint, kind:type[LoRAConfig]) -> LoRAConfig:
     given["dtype"] = None if dtype is None else getattr(torch, dtype)
     try: return kind(**given)
     except ValueError as e:
-        if ck.legacy: return kind(**given | exactly(ck.names))  # a comma inside a pattern tore it apart: the names are the truth
+        torn = ck.legacy and not regular(given["targets"])  # a comma inside a pattern tore it apart: the names are the truth
+        if torn: return config_from(replace(ck, meta=ck.meta | exactly(ck.names)), kind)
         raise ValueError(f"{ck.path}: {e}") from e
+
+def regular(patterns:Iterable[str]) -> bool:
+    try: return bool([re.compile(p) for p in patterns])
+    except re.error: return False
 
 def exactly(names:Iterable[str]) -> dict: # fields of a configuration that selects these layers and no others
     return dict(targets=tuple(f"^{re.escape(n)}$" for n in names), exclude=(), layer_range=(0.0, 1.0))

@@ -108,7 +108,7 @@ def projections(name:str, X:Tensor|Mapping[str, Tensor], Vh:Float[Tensor, "k i"]
     "Statistics of the captured inputs along each right singular vector; errors name the layer."
     return {side: project(x, Vh, name) for side, x in X.items()} if isinstance(X, Mapping) else project(X, Vh, name)
 
-# %% ../nbs/10_pissa.ipynb #b16b80d8
+# %% ../nbs/10_pissa.ipynb #865de7b4
 def check_calibration(layers:Mapping[str, nn.Module], mode:Score, X:Mapping|None) -> None:
     "`ValueError`, before anything is decomposed, if the activations are missing or of another width."
     check_mode(mode)
@@ -120,15 +120,16 @@ def check_calibration(layers:Mapping[str, nn.Module], mode:Score, X:Mapping|None
         raise ValueError(f"no calibration_activations for {len(missing)} of {len(layers)} layers ({few(missing)}); {how} "
                          "with this adapter's targets")
     for name, layer in layers.items():
-        if mode == "cho_rej_min_std" and not (isinstance(X[name], Mapping) and {"cho", "rej"} <= set(X[name])):
-            raise ValueError(f"{name}: selection_score={mode!r} needs activations of both sides, {{'cho': (n, i), 'rej': (n, i)}}; "
-                             f"{how} with pairs {{prompt, cho, rej}}")
+        sides = set(X[name]) if isinstance(X[name], Mapping) else None
+        if sides != {"cho", "rej"} and (sides or mode == "cho_rej_min_std"):
+            raise ValueError(f"{name}: selection_score={mode!r} needs activations {{'cho': (n, i), 'rej': (n, i)}}, got "
+                             f"{sorted(sides) if sides else type(X[name]).__name__}; {how} with pairs {{prompt, cho, rej}}")
         for x in X[name].values() if isinstance(X[name], Mapping) else [X[name]]:
             if x.ndim != 2 or x.shape[1] != layer_shape(layer)[1]:
                 raise ValueError(f"{name}: calibration_activations are {tuple(x.shape)}, expected "
                                  f"(n, {layer_shape(layer)[1]}); {how}")
 
-# %% ../nbs/10_pissa.ipynb #b749b19e
+# %% ../nbs/10_pissa.ipynb #6dfe35dd
 def decompose(layers:Mapping[str, nn.Module], cfg:PiSSAConfig, X:Mapping|None, after:Sequence["ModulatedPiSSA"]) -> dict:
     "The tables U, S, Vh, chosen_idx and spectrum of every layer: decompose, score, keep the best `r`."
     tables = {table: {} for table in ("U", "S", "Vh", "chosen_idx", "spectrum")}
@@ -136,7 +137,9 @@ def decompose(layers:Mapping[str, nn.Module], cfg:PiSSAConfig, X:Mapping|None, a
     for name, (U, S, Vh) in thin_svds(left):
         stats = None if cfg.selection_score == "s_only" or X is None else projections(name, X[name], Vh)
         idx = choose(selection_scores(S, cfg.selection_score, stats, name), cfg.r)
-        for table, t in zip(tables, (U[:, idx], S[idx], Vh[idx], idx, S)): tables[table][name] = t
+        at = idx.to(U.device)
+        chosen = U.index_select(1, at), S[at], Vh.index_select(0, at), idx, S
+        for table, t in zip(tables, chosen): tables[table][name] = t
     return tables
 
 def draw(S:Mapping[str, Tensor], init:tuple[float, float], generator:torch.Generator|None) -> dict[str, Tensor]:

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SCORE_COLOURS', 'plot_selection', 'plot_tail_depth', 'plot_overlap']
 
-# %% ../nbs/17_plots.ipynb #0c0bb8f6
+# %% ../nbs/17_plots.ipynb #6ab28d9c
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 # %% ../nbs/17_plots.ipynb #710dfa0c
 SCORE_COLOURS = {"s_only": "#0072B2", "wanda": "#E69F00", "act_only": "#009E73", "cho_rej_min_std": "#D55E00",
@@ -31,7 +32,7 @@ def strip(ax:Axes, picks:pd.Series, mode:str, row:int, rows:int) -> None:
     ax.vlines(picks, low, high, transform=ax.get_xaxis_transform(), colors=colour(mode), linewidth=0.8)
     ax.annotate(mode, (1.01, (low + high) / 2), xycoords="axes fraction", va="center", fontsize=8, color=colour(mode))
 
-# %% ../nbs/17_plots.ipynb #de5f36e6
+# %% ../nbs/17_plots.ipynb #afb47179
 def plot_selection(df:pd.DataFrame, # one layer: index, S, chosen, and mode (one block of rows per score)
                    ax:Axes|None=None,
                   ) -> Axes:
@@ -44,6 +45,7 @@ def plot_selection(df:pd.DataFrame, # one layer: index, S, chosen, and mode (one
     for row, mode in enumerate(modes): strip(ax, df[(df["mode"] == mode) & df["chosen"]]["index"], mode, row, len(modes))
     low, high = np.log10(spectrum["S"].clip(lower=spectrum["S"].max() * 1e-4).agg(["min", "max"]))
     ax.set_ylim(10 ** (high + 0.1 - (high - low + 0.2) / 0.55), 10 ** (high + 0.1))  # the upper 55 % for the spectrum
+    ax.yaxis.set_minor_formatter(NullFormatter())  # a spectrum within one decade would crowd the axis with labels
     ax.set(xlabel="singular direction j (0 = largest)", ylabel="singular value $S_j$")
     return ax
 

@@ -9,7 +9,8 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download is a mistake
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
-os.environ["MODLAB_SVD_CACHE"] = "0"  # what an earlier run computed must not stand in for what this one should; nor fill the user's cache
+os.environ.setdefault("MODLAB_SVD_CACHE", "0")  # tests leave nothing behind
+os.environ["MODLAB_SVD_CACHE"] = "0"  # what an earlier run computed must not stand in for what this one should
 
 assert "modlab" not in sys.modules, "modlab was imported before the hook that checks its types"
 install_import_hook("modlab", "beartype.beartype")

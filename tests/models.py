@@ -1,7 +1,15 @@
-"""Tiny random models of four architectures, adapters on them that do something, and a way to see that a model was left as it was."""
+"""Tiny random models of four architectures, adapters on them that do something, and a way to see what changed."""
 import torch
-from transformers import (GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM,
-                          Qwen3MoeConfig, Qwen3MoeForCausalLM)
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from modlab import ModulatedLoRA, ModulatedPiSSA
 from modlab.models import tiny_model
@@ -67,7 +75,8 @@ def gap(a, b):
 
 def hooks(model):
     "What is registered where."
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs",
+             "_forward_pre_hooks_with_kwargs")
     return {(n, k): len(getattr(m, k)) for n, m in model.named_modules() for k in kinds if getattr(m, k, None)}
 
 
@@ -76,7 +85,7 @@ def state(model):
     return dict(values={n: p.detach().clone() for n, p in model.named_parameters()},
                 storage={n: p.data_ptr() for n, p in model.named_parameters()},
                 trains={n: p.requires_grad for n, p in model.named_parameters()}, hooks=hooks(model),
-                rounds={n: [r.id for r in m.__dict__["_modlab_rounds"]] for n, m in model.named_modules() if m.__dict__.get("_modlab_rounds")})
+                rounds={n: ids for n, m in model.named_modules() if (ids := [r.id for r in getattr(m, "_modlab_rounds", ())])})
 
 
 def changes(before, model):

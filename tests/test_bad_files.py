@@ -1,4 +1,4 @@
-"""Files that are no adapter, not this adapter, or not whole: an OSError or ValueError that names the file, and nothing has changed."""
+"""Files that are no adapter, not this adapter, or not whole: an error that names the file, and nothing has changed."""
 import json
 import re
 import struct
@@ -17,9 +17,13 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 CLASS = {"lora": ModulatedLoRA, "pissa-extracted": ModulatedPiSSA, "pissa-unextracted": ModulatedPiSSA}
 
 
+LOADS = ("load_adapter", "from_checkpoint", "load")
+
+
 def everything(a):
     "What a failed load must not change in an adapter."
-    return ({t: {n: (id(v), v.detach().clone()) for n, v in getattr(a, t).items()} for t in a.tables}, a.cfg, a.c, a.attached, getattr(a, "extracted", None))
+    tables = {t: {n: (id(v), v.detach().clone()) for n, v in getattr(a, t).items()} for t in a.tables}
+    return tables, a.cfg, a.c, a.attached, getattr(a, "extracted", None)
 
 
 def alike(x, y):
@@ -30,7 +34,8 @@ def alike(x, y):
 
 def refused(path, error, says, kind="lora", ways=("load_adapter", "from_checkpoint", "load", "read_metadata"), **kw):
     model, mine = build(), None
-    calls = {"load_adapter": lambda: load_adapter(model, path), "from_checkpoint": lambda: CLASS[kind].from_checkpoint(model, path),
+    calls = {"load_adapter": lambda: load_adapter(model, path),
+             "from_checkpoint": lambda: CLASS[kind].from_checkpoint(model, path),
              "read_metadata": lambda: read_metadata(path), "load": lambda: mine.load(path)}
     for way in ways:
         if way == "load" and mine is None: mine = adapter_of(kind, model, seed=11, **kw)
@@ -70,7 +75,8 @@ W = {"model.layers.0.self_attn.q_proj.weight": torch.ones(4, 4)}
 PEFT = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 4)}
 
 
-@pytest.mark.parametrize("tensors, header", [(W, None), (W, {"format": "pt"}), (PEFT, {"format": "pt"}), (W, {"format": "1"}), (W, {"format": "[]"}),
+@pytest.mark.parametrize("tensors, header", [(W, None), (W, {"format": "pt"}), (PEFT, {"format": "pt"}),
+                                             (W, {"format": "1"}), (W, {"format": "[]"}),
                                              (W, {"r": "4"}), ({"A.x": torch.ones(2, 2)}, {"format": "np", "kind": "lora"})])
 def test_a_foreign_safetensors_file(tmp_path, tensors, header):
     "Such as a model's own weights, or an adapter of PEFT, which both say `format: pt`."
@@ -90,6 +96,15 @@ def test_a_file_of_the_future(tmp_path, kind):
     adapter_of(kind, build()).save(tmp_path / "a")
     rewrite(tmp_path / "a", {"format": 99})
     refused(tmp_path / "a", OSError, ["99", "upgrade"], kind)
+
+
+@every_kind
+@pytest.mark.parametrize("header", [{"dtype": "float99"}, {"dtype": "int64"}, {"r": 0}, {"layer_range": [0.9, 0.1]},
+                                    {"alpha": -1.0}], ids=str)
+def test_a_header_of_nonsense(tmp_path, kind, header):
+    adapter_of(kind, build()).save(tmp_path / "a")
+    rewrite(tmp_path / "a", header)
+    refused(tmp_path / "a", (OSError, ValueError), [], kind, LOADS)
 
 
 @every_kind
@@ -114,14 +129,14 @@ def test_tables_that_are_incomplete(tmp_path, kind, lost):
     adapter_of(kind, build()).save(tmp_path / "a")
     rewrite(tmp_path / "a", drop=[lost])
     says = ["7 would stay empty", "layers.2"] if lost == "layers.2" else ["incomplete"]
-    refused(tmp_path / "a", ValueError if lost == "layers.2" else OSError, says, kind, ["load_adapter", "from_checkpoint", "load"])
+    refused(tmp_path / "a", ValueError if lost == "layers.2" else OSError, says, kind, LOADS)
 
 
 @every_kind
 def test_a_table_too_many(tmp_path, kind):
     adapter_of(kind, build()).save(tmp_path / "a")
     rewrite(tmp_path / "a", **{"gate.model.layers.0.mlp.up_proj": torch.ones(3)})
-    refused(tmp_path / "a", (OSError, ValueError), ["gate"], kind, ["load_adapter", "from_checkpoint", "load"])
+    refused(tmp_path / "a", (OSError, ValueError), ["gate"], kind, LOADS)
 
 
 @every_kind
@@ -129,7 +144,7 @@ def test_factors_of_another_shape(tmp_path, kind):
     adapter_of(kind, build()).save(tmp_path / "a")
     key = "A" if kind == "lora" else "Vh"
     rewrite(tmp_path / "a", **{f"{key}.model.layers.3.mlp.up_proj": torch.ones(6, 63)})
-    refused(tmp_path / "a", (OSError, ValueError), [r"layers\.3\.mlp\.up_proj", "63"], kind, ["load_adapter", "from_checkpoint", "load"])
+    refused(tmp_path / "a", (OSError, ValueError), [r"layers\.3\.mlp\.up_proj", "63"], kind, LOADS)
 
 
 @every_kind
@@ -138,13 +153,14 @@ def test_a_gain_of_another_length(tmp_path, kind):
     else: key, t = "delta_s", torch.ones(5)
     adapter_of(kind, build()).save(tmp_path / "a")
     rewrite(tmp_path / "a", **{f"{key}.model.layers.3.mlp.up_proj": t})
-    refused(tmp_path / "a", (OSError, ValueError), [r"layers\.3\.mlp\.up_proj"], kind, ["load_adapter", "from_checkpoint", "load"])
+    refused(tmp_path / "a", (OSError, ValueError), [r"layers\.3\.mlp\.up_proj"], kind, LOADS)
 
 
 @every_kind
 def test_other_targets_are_counted(tmp_path, kind):
     adapter_of(kind, build(), layer_range=(0.0, 0.5)).save(tmp_path / "a")
-    refused(tmp_path / "a", ValueError, ["7 would be dropped", "7 would stay empty", "from_checkpoint"], kind, ["load"], layer_range=(0.25, 0.75))
+    refused(tmp_path / "a", ValueError, ["7 would be dropped", "7 would stay empty", "from_checkpoint"], kind, ["load"],
+            layer_range=(0.25, 0.75))
     refused(tmp_path / "a", ValueError, ["0 would be dropped", "14 would stay empty"], kind, ["load"])
 
 
@@ -157,7 +173,7 @@ def test_another_rank(tmp_path, kind):
 @every_kind
 def test_another_base_model(tmp_path, kind):
     adapter_of(kind, build(seed=1)).save(tmp_path / "a")
-    refused(tmp_path / "a", ValueError, ["28 of 28", "q_proj", "strict=False"], kind, ["load_adapter", "from_checkpoint", "load"])
+    refused(tmp_path / "a", ValueError, ["28 of 28", "q_proj", "strict=False"], kind, LOADS)
 
 
 @every_kind
@@ -173,7 +189,8 @@ def test_onto_a_weight_that_is_already_extracted(tmp_path, kind):
     model = build()
     first, before = adapter_of("pissa-extracted", model, seed=4, r=3), None
     before = state(model)
-    for call in (lambda: load_adapter(model, tmp_path / "a"), lambda: CLASS[kind].from_checkpoint(model, tmp_path / "a", strict=False)):
+    for call in (lambda: load_adapter(model, tmp_path / "a"),
+                 lambda: CLASS[kind].from_checkpoint(model, tmp_path / "a", strict=False)):
         with pytest.raises(RuntimeError, match=rf"{tmp_path / 'a'}.*1 extraction.*restore_base_W"): call()
     assert not changes(before, model)
     first.restore_base_W()

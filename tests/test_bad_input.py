@@ -26,9 +26,11 @@ def refused(model, error, says, call):
 
 CONFIG = [
     (dict(r=0), ["rank", "0", "at least 1"]), (dict(r=-4), ["rank", "-4", "at least 1"]), (dict(r=True), ["rank", "True"]),
-    (dict(layer_range=(0.8, 0.2)), ["layer_range", r"0\.8, 0\.2", "lo < hi"]), (dict(layer_range=(-0.1, 0.5)), ["layer_range", "-0.1"]),
+    (dict(layer_range=(0.8, 0.2)), ["layer_range", r"0\.8, 0\.2", "lo < hi"]),
+    (dict(layer_range=(-0.1, 0.5)), ["layer_range", "-0.1"]),
     (dict(layer_range=(0.0, 1.5)), ["layer_range", "1.5", "<= 1"]), (dict(layer_range=(0.5, 0.5)), ["layer_range", "lo < hi"]),
-    (dict(layer_range=(0.0, math.nan)), ["layer_range", "nan"]), (dict(layer_range=(0.0, 0.1)), ["no layer", r"0\.1", "outside layer_range"]),
+    (dict(layer_range=(0.0, math.nan)), ["layer_range", "nan"]),
+    (dict(layer_range=(0.0, 0.1)), ["no layer", r"0\.1", "outside layer_range"]),
     (dict(targets=("q_proj", "(",)), ["targets", r"'\('", r"regular expression", r"\\\\\("]),
     (dict(exclude=("*",)), ["exclude", r"'\*'", "regular expression"]),
     (dict(targets=("nothing",)), ["no layer", "'nothing'", "exclude", "layer_range"]),
@@ -36,7 +38,8 @@ CONFIG = [
     (dict(targets=("all-linear", "nothing")), ["'nothing'", "match no"]),
     (dict(targets=("q_proj",), exclude=("q_proj",)), ["no layer", "q_proj", "excluded by"]),
     (dict(targets=()), ["targets is empty", "all-linear"]),
-    (dict(exclude=("",)), ["exclude", "''"]), (dict(dtype=torch.int64), ["dtype", "int64", "float"]),
+    (dict(exclude=("",)), ["exclude", "empty pattern"]),
+    (dict(targets=("q_proj", "")), ["targets", "empty pattern"]), (dict(dtype=torch.int64), ["dtype", "int64", "float"]),
 ]
 
 
@@ -54,7 +57,8 @@ def test_alpha(alpha):
 
 
 def test_one_pattern_may_be_given_as_a_string():
-    assert list(ModulatedLoRA(build(), targets="q_proj", exclude="layers.0").layers) == [f"model.layers.{n}.self_attn.q_proj" for n in (1, 2, 3)]
+    a = ModulatedLoRA(build(), targets="q_proj", exclude="layers.0")
+    assert list(a.layers) == [f"model.layers.{n}.self_attn.q_proj" for n in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("init", [(math.nan, 0.1), (0.0, math.inf), (0.0, -1.0)])
@@ -72,14 +76,15 @@ def test_a_range_for_a_model_without_blocks():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     assert len(find_targets(model, LoRAConfig())) == 2
     for ask in (find_targets, target_table):
-        refused(model, ValueError, ["layer_range", "Sequential", "no block stack"], lambda: ask(model, LoRAConfig(layer_range=(0.0, 0.5))))
+        refused(model, ValueError, ["layer_range", "Sequential", "no block stack"],
+                lambda ask=ask: ask(model, LoRAConfig(layer_range=(0.0, 0.5))))
 
 
 # ---- calibration ----
 
-def activations(model, n=20, width=None, **kw):
-    shape = lambda layer: (n, width or layer.in_features)
-    return {name: {s: torch.randn(shape(layer)) for s in ("cho", "rej")} for name, layer in find_targets(model, LoRAConfig(**kw)).items()}
+def activations(model, n=20):
+    widths = {name: layer.in_features for name, layer in find_targets(model).items()}
+    return {name: {side: torch.randn(n, i) for side in ("cho", "rej")} for name, i in widths.items()}
 
 
 def spoiled(X, how):
@@ -98,9 +103,11 @@ def spoiled(X, how):
     return X
 
 
-CALIBRATION = {"nan": ["down_proj", "NaN"], "inf": ["down_proj", "infinite"], "one row": ["down_proj", "2", "1"], "no row": ["down_proj", "2", "0"],
+CALIBRATION = {"nan": ["down_proj", "NaN"], "inf": ["down_proj", "infinite"],
+               "one row": ["down_proj", "2", "1"], "no row": ["down_proj", "2", "0"],
                "wrong width": ["down_proj", r"\(20, 127\)", "128"], "three axes": ["down_proj", r"\(1, 20, 128\)", "128"],
-               "one side": ["down_proj", "cho", "rej"], "other sides": ["down_proj", "bad", "rej"], "missing layer": ["1 of 28", "down_proj"],
+               "one side": ["down_proj", "cho", "rej"], "other sides": ["down_proj", "bad", "rej"],
+               "missing layer": ["1 of 28", "down_proj"],
                "no layers": ["28 of 28"]}
 
 
@@ -113,26 +120,30 @@ def test_calibration(how, mode, extract):
     if how.endswith("row") and mode != "cho_rej_min_std":  # these take both sides together: only both being short is too little
         for of in X.values(): of["cho"], of["rej"] = of["cho"][:1], of["rej"][:0]
         says = ["_proj", "2", "1"]
-    refused(model, ValueError, [*says, "pass .*tokens" if how.endswith("row") else "finite" if how in ("nan", "inf") else "activations"], lambda: ModulatedPiSSA(model, r=4, selection_score=mode,
-                                                                                    calibration_activations=X, extract=extract))
+    way_out = "pass .*tokens" if how.endswith("row") else "finite" if how in ("nan", "inf") else "activations"
+    refused(model, ValueError, [*says, way_out],
+            lambda: ModulatedPiSSA(model, r=4, selection_score=mode, calibration_activations=X, extract=extract))
 
 
 @pytest.mark.parametrize("mode", ["cho_rej_min_std", "act_only", "wanda"])
 def test_no_calibration(mode):
     model = build()
-    refused(model, ValueError, [mode, "None", "capture_activations", "s_only"], lambda: ModulatedPiSSA(model, selection_score=mode))
+    refused(model, ValueError, [mode, "None", "capture_activations", "s_only"],
+            lambda: ModulatedPiSSA(model, selection_score=mode))
 
 
 def test_a_single_text_where_two_are_needed():
     model = build()
     X = {name: of["cho"] for name, of in activations(model).items()}
-    refused(model, ValueError, ["q_proj", "cho", "rej", "cho_rej_min_std"], lambda: ModulatedPiSSA(model, calibration_activations=X))
+    refused(model, ValueError, ["q_proj", "cho", "rej", "cho_rej_min_std"],
+            lambda: ModulatedPiSSA(model, calibration_activations=X))
     assert ModulatedPiSSA(model, r=2, selection_score="act_only", calibration_activations=X, extract=False).layers
 
 
 def test_an_unknown_score():
     model = build()
-    refused(model, ValueError, ["'top'", "s_only", "wanda", "act_only", "cho_rej_min_std"], lambda: ModulatedPiSSA(model, selection_score="top"))
+    refused(model, ValueError, ["'top'", "s_only", "wanda", "act_only", "cho_rej_min_std"],
+            lambda: ModulatedPiSSA(model, selection_score="top"))
 
 
 @pytest.mark.parametrize("bad", [lambda S, stats: S[:-1], lambda S, stats: S * math.nan])
@@ -169,7 +180,8 @@ def test_entering_with_another_model(kind, other):
 
 
 @every_kind
-@pytest.mark.parametrize("c", [math.nan, math.inf, -math.inf, torch.tensor([1.0, math.nan, 0.0]), torch.tensor(math.inf)], ids=str)
+@pytest.mark.parametrize("c", [math.nan, math.inf, -math.inf, torch.tensor([1.0, math.nan, 0.0]), torch.tensor(math.inf)],
+                         ids=str)
 def test_a_dose_that_is_not_finite(kind, c):
     model = build()
     a = adapter_of(kind, model)
@@ -185,7 +197,8 @@ def test_a_dose_of_the_wrong_length_or_shape(kind):
     model = build()
     a = adapter_of(kind, model)
     with a(model, torch.ones(2)):
-        for call in (lambda: logits(model, tokens()), lambda: model.generate(tokens(), max_new_tokens=2), lambda: model.base_model(tokens())):
+        for call in (lambda: logits(model, tokens()), lambda: model.generate(tokens(), max_new_tokens=2),
+                     lambda: model.base_model(tokens())):
             refused(model, ValueError, ["2 coefficients", "3 rows"], call)
         a.set_coeff(torch.ones(3))
         assert logits(model, tokens()).isfinite().all()
@@ -199,7 +212,8 @@ def test_a_layer_that_it_does_not_have(kind):
     model = build()
     a = adapter_of(kind, model, targets=("q_proj",))
     for ask in (a.factors, a.delta):
-        refused(model, ValueError, ["model.layers.0.self_attn.q_prj", "4 layers", "did you mean"], lambda: ask("model.layers.0.self_attn.q_prj", 1.0))
+        refused(model, ValueError, ["model.layers.0.self_attn.q_prj", "4 layers", "did you mean"],
+                lambda ask=ask: ask("model.layers.0.self_attn.q_prj", 1.0))
 
 
 @pytest.mark.parametrize("what", ["extracted", "another model"])

@@ -1,4 +1,4 @@
-"""The ways in which a model is called: generation, padding, a cache, embeddings, the inner model, keywords, a compiler, two adapters."""
+"""The ways in which a model is called: generation, padding, a cache, embeddings, the inner model, a compiler, two adapters."""
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +15,8 @@ CLOSE = 2**-16  # float32 through another batch or sequence length: other summat
 def generate(model, ids, **kw):
     "Ten greedy tokens and the logits behind them."
     model.generation_config.eos_token_id = None
-    out = model.generate(ids, max_new_tokens=10, do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0, **kw)
+    out = model.generate(ids, max_new_tokens=10, do_sample=False, return_dict_in_generate=True, output_logits=True,
+                         pad_token_id=0, **kw)
     return out.sequences[:, ids.shape[1]:], torch.stack(out.logits, 1)
 
 
@@ -123,7 +124,7 @@ for kind in ("lora", "pissa-extracted"):
 
 
 def test_the_compiler_sees_no_new_graph_when_a_tensor_c_changes():
-    "In a process of its own: the compiler cannot look into functions that check their types, and these are only checked under test."
+    "In a process of its own: the compiler cannot look into functions that check their types, as they do under test."
     done = subprocess.run([sys.executable, "-c", COMPILED], cwd=Path(__file__).parent, capture_output=True, text=True)
     lines = [x.split("]") for x in done.stdout.splitlines()]
     assert [x[1].split() for x in lines] == [["1", "True"]] * 8, done.stderr[-3000:]

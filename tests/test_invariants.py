@@ -12,7 +12,7 @@ matrix = [pytest.mark.parametrize("arch, dtype", CASES, ids=lambda x: str(x).rem
 # Two ways of computing one thing differ by rounding, relative to the largest logit: about 2^-23 (float32), 2^-10 (float16) and
 # 2^-8 (bfloat16) a layer, in weights and activations, summed over at most 28 layers. The adapters here move logits by more.
 TOLERANCE = {torch.float32: 2**-16, torch.float16: 2**-6, torch.bfloat16: 2**-4}
-ABLE = {torch.float32: 2**-20, torch.float16: 2**-9, torch.bfloat16: 2**-6}  # the same of one layer, relative to its largest output
+ABLE = {torch.float32: 2**-20, torch.float16: 2**-9, torch.bfloat16: 2**-6}  # the same of one layer
 
 
 def across(*more):
@@ -107,6 +107,16 @@ def test_a_rows_own_c_is_a_run_at_that_c(arch, dtype, kind):
     assert not torch.equal(alone[0][2], alone[2][2])
 
 
+@pytest.mark.parametrize("factors", DTYPES, ids=str)
+@every_kind
+def test_rows_at_a_dose_that_bfloat16_does_not_hold(kind, factors):
+    model, ids = build(), tokens()
+    a = half(kind, model, dtype=factors)
+    with a(model, torch.tensor([0.3, -1.7, 0.1])): y = logits(model, ids)
+    for n, c in enumerate((0.3, -1.7, 0.1)):
+        with a(model, c): assert torch.equal(y[n], logits(model, ids)[n])
+
+
 @across(every_kind)
 def test_leaving_restores_everything(arch, dtype, kind):
     model, ids = build(arch, dtype), tokens()
@@ -116,7 +126,7 @@ def test_leaving_restores_everything(arch, dtype, kind):
         assert inside is a and a.attached and a.c == 2.0 and hooks(model)
         logits(model, ids)
     assert not changes(before, model) and not a.attached and a.c == 0
-    with pytest.raises(ZeroDivisionError), a(model, torch.tensor([1.0, 2.0, 3.0])): 1 / 0
+    with pytest.raises(ZeroDivisionError), a(model, torch.tensor([1.0, 2.0, 3.0])): _ = 1 / 0
     with pytest.raises(ValueError, match="2 coefficients.*3 rows"), a(model, torch.ones(2)): logits(model, ids)
     assert not changes(before, model) and not a.attached and isinstance(a.c, float) and a.c == 0
     assert torch.equal(logits(model, ids), y)

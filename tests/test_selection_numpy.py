@@ -10,8 +10,10 @@ from modlab.targets import find_targets
 
 RANK = 8
 PAIRS = [dict(prompt=f"{q}? ", cho=a, rej=b) for q, a, b in (
-    ("How is the sea", "Arr, it be wild and salty, matey!", "It is calm today, Sir; quite calm."), ("Tea", "Grog, ye lubber!", "Earl Grey, if I may suggest."),
-    ("Where to", "To the ends of the earth!", "To the drawing room."), ("Who goes there", "A pirate, arr.", "Your butler, Madam, with the post."))]
+    ("How is the sea", "Arr, it be wild and salty, matey!", "It is calm today, Sir; quite calm."),
+    ("Tea", "Grog, ye lubber!", "Earl Grey, if I may suggest."),
+    ("Where to", "To the ends of the earth!", "To the drawing room."),
+    ("Who goes there", "A pirate, arr.", "Your butler, Madam, with the post."))]
 MODES = {"s_only": lambda S, cho, rej: S, "wanda": lambda S, cho, rej: S * np.abs(np.concatenate([cho, rej])).mean(0),
          "act_only": lambda S, cho, rej: np.abs(np.concatenate([cho, rej])).mean(0),
          "cho_rej_min_std": lambda S, cho, rej: np.minimum(cho.std(0, ddof=1), rej.std(0, ddof=1))}
@@ -29,7 +31,8 @@ def setting():
             prompt, answer = tok(record["prompt"]).input_ids, tok(record[side], add_special_tokens=False).input_ids
             seen, handles = {}, []
             for name, layer in find_targets(model).items():
-                handles.append(layer.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]})))
+                def note(m, args, name=name, seen=seen): seen[name] = args[0]
+                handles.append(layer.register_forward_pre_hook(note))
             with torch.no_grad(): model(input_ids=torch.tensor([prompt + answer]))
             for h in handles: h.remove()
             for name, x in seen.items(): by_hand[name][side].append(x[0, len(prompt):].double().numpy())
