@@ -79,7 +79,7 @@ def low_rank_hook(adapter:"Adapter", name:str):
         return y + m(x.to(m.down.dtype)).to(y.dtype)
     return hook
 
-# %% ../nbs/05_adapter.ipynb #9b9f494b
+# %% ../nbs/05_adapter.ipynb #e26679cd
 def text_models(model:nn.Module) -> list[nn.Module]:
     "The modules whose inputs tell the batch: the model and its inner models, since either may be called."
     return [m for m in model.modules() if isinstance(m, PreTrainedModel)] or [model]
@@ -88,9 +88,9 @@ def check_entry(adapter:"Hooked", model:nn.Module) -> None:
     if adapter.attached: raise RuntimeError("the adapter is attached already; leave its with block first, or use set_coeff")
     there = set(map(id, model.modules()))
     missing = [n for n, layer in adapter.layers.items() if id(layer) not in there]
-    if missing: raise ValueError(f"the adapter was built on another model: {len(missing)} of its {len(adapter.layers)} layers "
-                                 f"are not in this {type(model).__name__} (first: {missing[0]}); build it on this one, or load it "
-                                 "with from_checkpoint")
+    if not missing: return
+    raise ValueError(f"the adapter was built on another model: {len(missing)} of its {len(adapter.layers)} layers are not in this "
+                     f"{type(model).__name__} (first: {missing[0]}); build it on this one, or load it with from_checkpoint")
 
 # %% ../nbs/05_adapter.ipynb #ef2848b3
 class Hooked:
@@ -132,7 +132,7 @@ def check_ranks(adapter:"Adapter", ck:Checkpoint) -> None:
             raise ValueError(f"{ck.path}: {table} of {name} is {tuple(of[name].shape)} in the file and {tuple(t.shape)} here; "
                              f"use {type(adapter).__name__}.from_checkpoint(model, path)")
 
-# %% ../nbs/05_adapter.ipynb #7474036a
+# %% ../nbs/05_adapter.ipynb #f67e32fe
 def place(t:Tensor, layer:nn.Module, dtype:torch.dtype) -> Tensor:
     "A factor where its layer lives (a sharded model has many devices); whole numbers, such as indices, stay on the CPU."
     return t.detach().to(next(layer.parameters()).device, dtype).contiguous() if t.is_floating_point() else t
@@ -144,7 +144,8 @@ def copy_tables(adapter:"Adapter", ck:Checkpoint) -> None:
     for table in adapter.tables:
         of = ck.tables.get(table, {})
         if table not in adapter.trains:
-            setattr(adapter, table, {n: place(of[n], layer, adapter.cfg.factor_dtype) for n, layer in adapter.layers.items() if of})
+            placed = {n: place(of[n], layer, adapter.cfg.factor_dtype) for n, layer in adapter.layers.items() if of}
+            setattr(adapter, table, placed)
         else:
             for name, parameter in getattr(adapter, table).items(): parameter.copy_(of[name])
 

@@ -184,7 +184,7 @@ class Extracting:
         for layer in self.layers.values(): put_back(layer, self.id)
         self.extracted = False
 
-# %% ../nbs/10_pissa.ipynb #8c9a3e27
+# %% ../nbs/10_pissa.ipynb #c7b6a08f
 def base_of(layer:nn.Module, live:str|None) -> Float[Tensor, "o i"]:
     "The weight, seen past the extraction of the adapter `live`."
     kept = next((r.base for r in rounds(layer) if r.id == live), None)
@@ -195,9 +195,9 @@ def check_lengths(ck:Checkpoint, tables:Sequence[str]) -> None:
     "`ValueError` unless every per-direction table has one number a direction."
     for name, Vh in ck.tables["Vh"].items():
         for table in (t for t in tables if t in ck.tables):
-            if ck.tables[table][name].shape != (len(Vh),):
-                raise ValueError(f"{ck.path}: {table} of {name} is {tuple(ck.tables[table][name].shape)}, expected ({len(Vh)},), one "
-                                 "number a direction; save the adapter again")
+            shape = tuple(ck.tables[table][name].shape)
+            if shape != (len(Vh),): raise ValueError(f"{ck.path}: {table} of {name} is {shape}, expected ({len(Vh)},), one number "
+                                                     "a direction; save the adapter again")
 
 def check_directions(ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool, live:str|None) -> None:
     "`ValueError` unless diag(Uᵀ W V) is S, to 3 % of its norm."

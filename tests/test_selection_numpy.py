@@ -37,12 +37,13 @@ def setting():
             for h in handles: h.remove()
             for name, x in seen.items(): by_hand[name][side].append(x[0, len(prompt):].double().numpy())
     by_hand = {n: {s: np.concatenate(x) for s, x in of.items()} for n, of in by_hand.items()}
-    yield model, capture_activations(model, tok, PAIRS), by_hand
+    svds = {n: np.linalg.svd(layer.weight.detach().double().numpy(), full_matrices=False) for n, layer in find_targets(model).items()}
+    yield model, capture_activations(model, tok, PAIRS), by_hand, svds
     torch.set_num_threads(threads)
 
 
 def test_captured_activations(setting):
-    _, X, by_hand = setting
+    _, X, by_hand, _ = setting
     assert X.keys() == by_hand.keys()
     for name, of in by_hand.items():
         for side, x in of.items():
@@ -53,12 +54,10 @@ def test_captured_activations(setting):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("extract", [True, False])
 def test_chosen_directions(setting, mode, extract):
-    model, X, by_hand = setting
-    weights = {n: layer.weight.detach().double().numpy().copy() for n, layer in find_targets(model).items()}
+    model, X, by_hand, svds = setting
     a = ModulatedPiSSA(model, r=RANK, selection_score=mode, calibration_activations=X, extract=extract)
     if extract: a.restore_base_W()
-    for name, W in weights.items():
-        U, S, Vh = np.linalg.svd(W, full_matrices=False)
+    for name, (U, S, Vh) in svds.items():
         score = MODES[mode](S, by_hand[name]["cho"] @ Vh.T, by_hand[name]["rej"] @ Vh.T)
         order = np.argsort(-score, kind="stable")
         margin = (score[order[RANK - 1]] - score[order[RANK]]) / score[order[0]]
