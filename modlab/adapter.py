@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['Adapter', 'load_adapter']
 
-# %% ../nbs/05_adapter.ipynb #4591e77e
+# %% ../nbs/05_adapter.ipynb #790ba3e6
 import difflib
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,25 +31,27 @@ from .targets import LoRAConfig, layer_shape, role_of
 # %% ../nbs/05_adapter.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
 
-# %% ../nbs/05_adapter.ipynb #c4ba13c8
+# %% ../nbs/05_adapter.ipynb #efb8c0ad
 Coeff = float | Tensor # one dose, or a tensor (b,): one a row of the batch
 
-def as_coeff(c:float|int|Tensor) -> Coeff:
+def as_coeff(c) -> Coeff:
     "A checked coefficient: a finite float, or a finite tensor `(b,)`; `ValueError` otherwise."
+    if not isinstance(c, (Real, Tensor)): raise ValueError(f"c must be a number or a tensor (b,), got {c!r}")
     if isinstance(c, Tensor) and c.ndim > 1:
         raise ValueError(f"c must be a number or a tensor (b,) with one number a row, got a tensor of shape {tuple(c.shape)}")
     finite = bool(c.isfinite().all()) if isinstance(c, Tensor) else math.isfinite(c)
     if not finite: raise ValueError(f"c must be finite, got {c}")
     return c if isinstance(c, Tensor) and c.ndim == 1 else float(c)
 
-# %% ../nbs/05_adapter.ipynb #90c72913
+# %% ../nbs/05_adapter.ipynb #bfa68642
 def gain_at(c:Coeff,
             slope:Float[Tensor, "r"],
             offset:Float[Tensor, "r"]|None=None,
            ) -> Float[Tensor, "r"] | Float[Tensor, "b r"]:
     "`offset + c · slope`, one row a coefficient. Never branches on the value of a tensor `c`: nothing is compiled anew for it."
-    if isinstance(c, Tensor): c = c.to(slope)[:, None]
-    return c * slope if offset is None else offset + c * slope
+    wide = torch.promote_types(slope.dtype, torch.float32)  # or c itself would be rounded to the factors' type
+    part = (c.to(slope.device, wide)[:, None] * slope.to(wide)).to(slope.dtype) if isinstance(c, Tensor) else c * slope
+    return part if offset is None else offset + part
 
 # %% ../nbs/05_adapter.ipynb #180dc273
 def batch_shape(args:tuple, kwargs:Mapping) -> tuple[int, int]|None: # (b, s), or None if these are no token inputs
@@ -64,20 +68,18 @@ def check_rows(name:str, x:Tensor, n:int, rows:tuple[int, int]|None) -> None:
         raise ValueError(f"{name} sees {tuple(x.shape)}, from which the {b} rows of {s} tokens cannot be told apart (routed "
                          "experts do this); use one float c, or exclude this layer")
 
-# %% ../nbs/05_adapter.ipynb #93aae4d8
+# %% ../nbs/05_adapter.ipynb #9a3aedef
 def layer_input(args:tuple, kwargs:Mapping) -> Tensor:
     "The input of a linear layer, passed by position or under whatever name the layer gives it."
     return args[0] if args else next(iter(kwargs.values()))
 
-def low_rank_hook(adapter:"Adapter", name:str):
-    "A forward hook for one layer: `y + factors(name, c)(x)`, or `y` itself where that is certain to be nothing."
-    def hook(layer:nn.Module, args:tuple, kwargs:dict, y:Tensor) -> Tensor:
-        c = adapter.c
-        if isinstance(c, float) and c == 0.0 and not adapter.has_offset: return y
-        x, m = layer_input(args, kwargs), adapter.factors(name, c)
-        if isinstance(c, Tensor): check_rows(name, x, len(c), adapter.rows)
-        return y + m(x.to(m.down.dtype)).to(y.dtype)
-    return hook
+def low_rank_hook(adapter:"Hooked", name:str, layer:nn.Module, args:tuple, kwargs:dict, y:Tensor) -> Tensor:
+    "The forward hook of one layer: `y + factors(name, c)(x)`, or `y` itself where that is certain to be nothing."
+    c = adapter.c
+    if isinstance(c, float) and c == 0.0 and not adapter.has_offset: return y
+    x, m = layer_input(args, kwargs), adapter.factors(name, c)
+    if isinstance(c, Tensor): check_rows(name, x, len(c), adapter.rows)
+    return y + m(x.to(m.down.dtype)).to(y.dtype)
 
 # %% ../nbs/05_adapter.ipynb #e26679cd
 def text_models(model:nn.Module) -> list[nn.Module]:
@@ -92,7 +94,7 @@ def check_entry(adapter:"Hooked", model:nn.Module) -> None:
     raise ValueError(f"the adapter was built on another model: {len(missing)} of its {len(adapter.layers)} layers are not in this "
                      f"{type(model).__name__} (first: {missing[0]}); build it on this one, or load it with from_checkpoint")
 
-# %% ../nbs/05_adapter.ipynb #ef2848b3
+# %% ../nbs/05_adapter.ipynb #a993aacf
 class Hooked:
     "Low-rank maps on named layers for as long as a `with` block lasts, dosed by `c`."
     layers: dict[str, nn.Module] # full name -> layer
@@ -119,7 +121,7 @@ class Hooked:
             self._c, self.attached = as_coeff(c), True
             for m in text_models(model): leave.callback(m.register_forward_pre_hook(self._note_rows, with_kwargs=True).remove)
             for name, layer in self.layers.items():
-                leave.callback(layer.register_forward_hook(low_rank_hook(self, name), with_kwargs=True).remove)
+                leave.callback(layer.register_forward_hook(partial(low_rank_hook, self, name), with_kwargs=True).remove)
             yield self
 
 # %% ../nbs/05_adapter.ipynb #5ce8de1c
@@ -132,15 +134,15 @@ def check_ranks(adapter:"Adapter", ck:Checkpoint) -> None:
             raise ValueError(f"{ck.path}: {table} of {name} is {tuple(of[name].shape)} in the file and {tuple(t.shape)} here; "
                              f"use {type(adapter).__name__}.from_checkpoint(model, path)")
 
-# %% ../nbs/05_adapter.ipynb #f67e32fe
+# %% ../nbs/05_adapter.ipynb #2dddabb3
 def place(t:Tensor, layer:nn.Module, dtype:torch.dtype) -> Tensor:
     "A factor where its layer lives (a sharded model has many devices); whole numbers, such as indices, stay on the CPU."
     return t.detach().to(next(layer.parameters()).device, dtype).contiguous() if t.is_floating_point() else t
 
 @torch.no_grad()
-def copy_tables(adapter:"Adapter", ck:Checkpoint) -> None:
-    "Take over a file's tables and configuration (not its dtype): parameters in place; optional tables that it lacks are empty."
-    adapter.cfg = replace(config_from(ck, adapter.config), dtype=adapter.cfg.dtype)
+def copy_tables(adapter:"Adapter", ck:Checkpoint, cfg:LoRAConfig) -> None:
+    "Take over a file's tables and configuration: parameters in place; optional tables that it lacks are empty."
+    adapter.cfg = cfg
     for table in adapter.tables:
         of = ck.tables.get(table, {})
         if table not in adapter.trains:
@@ -149,7 +151,7 @@ def copy_tables(adapter:"Adapter", ck:Checkpoint) -> None:
         else:
             for name, parameter in getattr(adapter, table).items(): parameter.copy_(of[name])
 
-# %% ../nbs/05_adapter.ipynb #9d95025b
+# %% ../nbs/05_adapter.ipynb #1b2c4d3a
 class Stored:
     "Saving and loading. Every error names the file and leaves model and adapter as they were."
     def save(self, path:str|Path, extra_meta:Mapping[str, object]|None=None) -> None:
@@ -162,7 +164,7 @@ class Stored:
         ck = read_checkpoint(path)
         self._check(self.model, ck, self.layers, strict, live=self._live())
         check_ranks(self, ck)
-        self._take_over(ck)
+        self._take_over(ck, replace(config_from(ck, self.config), dtype=self.cfg.dtype))
 
     @classmethod
     def from_checkpoint(cls, model:nn.Module, path:str|Path, strict:bool=True) -> "Adapter":
@@ -178,7 +180,7 @@ class Stored:
     def _check(cls, model, ck, layers, strict, live=None): check_file(cls, ck, layers, strict, live)
     def _meta(self) -> dict: return {} # what a kind adds to its file's header
     def _live(self) -> str|None: return None # the id under which this adapter has changed the base, if it has
-    def _take_over(self, ck:Checkpoint) -> None: copy_tables(self, ck)
+    def _take_over(self, ck:Checkpoint, cfg:LoRAConfig) -> None: copy_tables(self, ck, cfg)
 
 # %% ../nbs/05_adapter.ipynb #23a3cb9b
 def check_layer(adapter:"Adapter", name:str) -> None:

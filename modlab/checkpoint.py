@@ -184,7 +184,7 @@ def check_rounds(path:Path, stored:Mapping[str, dict], layers:Mapping[str, nn.Mo
                            f"{len(then)} {then}; load extracted rounds in the order they were made, or restore_base_W() "
                            "those that came since")
 
-# %% ../nbs/04_checkpoint.ipynb #a5d393c7
+# %% ../nbs/04_checkpoint.ipynb #731ce88f
 def config_meta(cfg:LoRAConfig) -> dict:
     "A configuration as JSON values: dtypes and callables by their name."
     def plain(v):
@@ -198,9 +198,9 @@ def config_from(ck:Checkpoint, kind:type[LoRAConfig]) -> LoRAConfig:
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}  # JSON has no tuples
     stored = next((t.dtype for t in next(iter(ck.tables.values())).values()), torch.float32)
     dtype = given.pop("dtype", str(stored).removeprefix("torch."))
-    given["dtype"] = None if dtype is None else getattr(torch, dtype)
+    given["dtype"] = None if dtype is None else getattr(torch, dtype, dtype)
     try: return kind(**given)
-    except ValueError as e:
+    except (ValueError, TypeError) as e:
         torn = ck.legacy and not regular(given["targets"])  # a comma inside a pattern tore it apart: the names are the truth
         if torn: return config_from(replace(ck, meta=ck.meta | exactly(ck.names)), kind)
         raise ValueError(f"{ck.path}: {e}") from e

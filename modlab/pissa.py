@@ -209,7 +209,7 @@ def check_directions(ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool,
     if other: refuse(f"{ck.path}: its singular directions are not those of {len(other)} of {len(layers)} weights ({few(other)}): "
                      "another base, or a weight that they were taken out of already", strict)
 
-# %% ../nbs/10_pissa.ipynb #f6c5a916
+# %% ../nbs/10_pissa.ipynb #e8e71cc2
 class Loading:
     "What loading a PiSSA file asks for beyond the common checks."
     @classmethod
@@ -219,9 +219,9 @@ class Loading:
         if ck.meta.get("extract", True): check_extractable(model, layers)
         check_directions(ck, layers, strict, live)
 
-    def _take_over(self, ck:Checkpoint) -> None:
+    def _take_over(self, ck, cfg) -> None:
         if self.extracted: self.restore_base_W()
-        super()._take_over(ck)
+        super()._take_over(ck, cfg)
         self._settle(ck.meta)
 
     def load(self, path, strict:bool=True) -> None:

@@ -111,15 +111,13 @@ import torch
 from models import adapter_of, build, gap, logits, tokens
 from torch._dynamo.testing import CompileCounter
 torch.set_num_threads(1)
-for kind in ("lora", "pissa-extracted"):
-    model, ids, count = build("opt"), tokens(), CompileCounter()
-    torch._dynamo.reset()
-    with torch.no_grad(), adapter_of(kind, model)(model, torch.tensor([1.0, -2.0, 0.5])) as a:
-        compiled = torch.compile(model, backend=count, fullgraph=True)
-        for c in ([1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [3.0, 1.0, -1.0], [0.0, 1.0, 0.0]):
-            a.set_coeff(torch.tensor(c))
-            close = gap(compiled(input_ids=ids).logits, logits(model, ids)) < 1e-5  # float32 rounding
-            print(kind, c, count.frame_count, close)
+model, ids, count = build("opt"), tokens(), CompileCounter()
+with torch.no_grad(), adapter_of("pissa-extracted", model)(model, torch.tensor([1.0, -2.0, 0.5])) as a:
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    for c in ([1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [3.0, 1.0, -1.0], [0.0, 1.0, 0.0]):
+        a.set_coeff(torch.tensor(c))
+        close = gap(compiled(input_ids=ids).logits, logits(model, ids)) < 1e-5  # float32 rounding
+        print(c, count.frame_count, close)
 """
 
 
@@ -127,7 +125,7 @@ def test_the_compiler_sees_no_new_graph_when_a_tensor_c_changes():
     "In a process of its own: the compiler cannot look into functions that check their types, as they do under test."
     done = subprocess.run([sys.executable, "-c", COMPILED], cwd=Path(__file__).parent, capture_output=True, text=True)
     lines = [x.split("]") for x in done.stdout.splitlines()]
-    assert [x[1].split() for x in lines] == [["1", "True"]] * 8, done.stderr[-3000:]
+    assert [x[1].split() for x in lines] == [["1", "True"]] * 4, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("inner", KINDS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import ARCHS, KINDS, adapter_of, build, changes, gap, logits, state, tokens
+from models import ARCHS, KINDS, adapter_of, build, changes, gap, half, logits, state, tokens
 from safetensors.torch import load_file, save_file
 
 from modlab import checkpoint, load_adapter, read_metadata
@@ -24,7 +24,7 @@ def run(a, model, c=C):
 @every_kind
 def test_saved_and_loaded_gives_the_same_logits(tmp_path, arch, base, factors, kind):
     model, path = build(arch, base), tmp_path / "a.safetensors"
-    a = adapter_of(kind, model, dtype=factors)
+    a = half(kind, model, dtype=factors)
     with torch.no_grad():
         for p in a.parameters(): p.add_(torch.randn(p.shape) * 0.01)
     y = run(a, model)

@@ -40,7 +40,7 @@ def overlaps(first, second):
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_a_second_round_leaves_alone_what_the_first_took(arch, mode, base, factors, extract):
     model = build(arch, base)
-    kw = dict(r=6, dtype=factors, extract=extract)
+    kw = dict(r=6, dtype=factors, extract=extract, layer_range=(0.0, 0.5))
     first = ModulatedPiSSA(model, selection_score="s_only", **kw)
     X = tempting(first)
     after = [] if extract else [first]

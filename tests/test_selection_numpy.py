@@ -37,7 +37,8 @@ def setting():
             for h in handles: h.remove()
             for name, x in seen.items(): by_hand[name][side].append(x[0, len(prompt):].double().numpy())
     by_hand = {n: {s: np.concatenate(x) for s, x in of.items()} for n, of in by_hand.items()}
-    svds = {n: np.linalg.svd(layer.weight.detach().double().numpy(), full_matrices=False) for n, layer in find_targets(model).items()}
+    weights = {n: layer.weight.detach().double().numpy() for n, layer in find_targets(model).items()}
+    svds = {n: np.linalg.svd(W, full_matrices=False) for n, W in weights.items()}
     yield model, capture_activations(model, tok, PAIRS), by_hand, svds
     torch.set_num_threads(threads)
 
