@@ -1,7 +1,7 @@
 """The speed of modlab beside what one would pick instead, as ratios of runs taken in turn: `make bench`.
 
-Machines drift, so the two sides of a row run one after the other, several times, and the ratio is taken pair by pair. A ratio above 1
-means that modlab is the faster one. The decomposition cache is off.
+Machines drift, so the two sides of a row run one after the other, several times, and the ratio is taken pair by pair. A ratio
+above 1 means that modlab is the faster one. The decomposition cache is off.
 """
 import copy
 import os
@@ -35,8 +35,9 @@ def row(what: str, peer: str, ours: Callable, theirs: Callable) -> dict:
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(ROUNDS)]
     ratios = [b / a for a, b in pairs]
     print(f"{what} / {peer}: {statistics.median(ratios):.2f}", flush=True)
-    return {"what": what, "peer": peer, "modlab s": statistics.median(a for a, _ in pairs), "peer s": statistics.median(b for _, b in pairs),
-            "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    ours_s, theirs_s = (statistics.median(side) for side in zip(*pairs))
+    return {"what": what, "peer": peer, "modlab s": ours_s, "peer s": theirs_s, "ratio": statistics.median(ratios),
+            "lowest": min(ratios), "highest": max(ratios)}
 
 
 def peft(model, r: int, init=True):
@@ -73,7 +74,7 @@ def main() -> None:
     model, tok = load_model()
     ids = torch.randint(len(tok), (4, 81), generator=torch.Generator().manual_seed(0))
     table = pd.DataFrame(build_rows(model) + forward_rows(model, ids))
-    print(f"\n{ROUNDS} rounds, medians; {torch.get_num_threads()} threads, torch {torch.__version__}, float32, SmolLM2-135M-Instruct")
+    print(f"\n{ROUNDS} rounds, medians; {torch.get_num_threads()} threads, torch {torch.__version__}, float32, default model")
     print(table.round(2).to_string(index=False))
 
 

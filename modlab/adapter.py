@@ -81,7 +81,7 @@ def low_rank_hook(adapter:"Hooked", name:str, layer:nn.Module, args:tuple, kwarg
     if isinstance(c, Tensor): check_rows(name, x, len(c), adapter.rows)
     return y + m(x.to(m.down.dtype)).to(y.dtype)
 
-# %% ../nbs/05_adapter.ipynb #e26679cd
+# %% ../nbs/05_adapter.ipynb #22f40229
 def text_models(model:nn.Module) -> list[nn.Module]:
     "The modules whose inputs tell the batch: the model and its inner models, since either may be called."
     return [m for m in model.modules() if isinstance(m, PreTrainedModel)] or [model]
@@ -91,8 +91,8 @@ def check_entry(adapter:"Hooked", model:nn.Module) -> None:
     there = set(map(id, model.modules()))
     missing = [n for n, layer in adapter.layers.items() if id(layer) not in there]
     if not missing: return
-    raise ValueError(f"the adapter was built on another model: {len(missing)} of its {len(adapter.layers)} layers are not in this "
-                     f"{type(model).__name__} (first: {missing[0]}); build it on this one, or load it with from_checkpoint")
+    raise ValueError(f"the adapter was built on another model: {len(missing)} of its {len(adapter.layers)} layers are not in "
+                     f"this {type(model).__name__} (first: {missing[0]}); build it on this one, or load it with from_checkpoint")
 
 # %% ../nbs/05_adapter.ipynb #a993aacf
 class Hooked:

@@ -232,7 +232,7 @@ def check_shapes(kind:type, ck:Checkpoint, name:str, shape:tuple[int, int]) -> N
         raise ValueError(f"{ck.path}: {name} is a layer of (o, i) = {shape}, the file's factors are {tuple(up.shape)} and "
                          f"{tuple(down.shape)}; load the model it was made on")
 
-# %% ../nbs/04_checkpoint.ipynb #85e781b7
+# %% ../nbs/04_checkpoint.ipynb #bb51db06
 def check_file(kind:type, ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool, live:str|None=None) -> None:
     "Everything that must hold before a file is let in; nothing is changed. `live`: id of the adapter that takes it over."
     if ck.meta["kind"] != kind.kind:
@@ -240,7 +240,8 @@ def check_file(kind:type, ck:Checkpoint, layers:Mapping[str, nn.Module], strict:
                          "load_adapter(model, path) reads either")
     needed = set(kind.tables) - set(kind.optional)
     if unknown := sorted(set(ck.tables) - set(kind.tables)):
-        raise OSError(f"{ck.path}: it has tables {unknown}, which an adapter of kind {kind.kind!r} does not; a newer modlab wrote it")
+        raise OSError(f"{ck.path}: it has tables {unknown}, which an adapter of kind {kind.kind!r} does not have; "
+                      "a newer modlab may have written it")
     if missing := sorted(t for t in needed if set(ck.tables.get(t, {})) != set(ck.names)):
         raise OSError(f"{ck.path}: incomplete: its tables {missing} do not cover all of its layers; save the adapter again")
     check_names(ck.path, ck.names, layers)

@@ -184,7 +184,7 @@ class Extracting:
         for layer in self.layers.values(): put_back(layer, self.id)
         self.extracted = False
 
-# %% ../nbs/10_pissa.ipynb #c7b6a08f
+# %% ../nbs/10_pissa.ipynb #3b9cda61
 def base_of(layer:nn.Module, live:str|None) -> Float[Tensor, "o i"]:
     "The weight, seen past the extraction of the adapter `live`."
     kept = next((r.base for r in rounds(layer) if r.id == live), None)
@@ -196,8 +196,8 @@ def check_lengths(ck:Checkpoint, tables:Sequence[str]) -> None:
     for name, Vh in ck.tables["Vh"].items():
         for table in (t for t in tables if t in ck.tables):
             shape = tuple(ck.tables[table][name].shape)
-            if shape != (len(Vh),): raise ValueError(f"{ck.path}: {table} of {name} is {shape}, expected ({len(Vh)},), one number "
-                                                     "a direction; save the adapter again")
+            if shape != (len(Vh),): raise ValueError(f"{ck.path}: {table} of {name} is {shape}, expected ({len(Vh)},), one "
+                                                     "number a direction; save the adapter again")
 
 def check_directions(ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool, live:str|None) -> None:
     "`ValueError` unless diag(Uᵀ W V) is S, to 3 % of its norm."
