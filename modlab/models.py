@@ -100,7 +100,7 @@ def tiny_model(seed:int=0, # the weights are a function of this number alone
         torch.manual_seed(seed)
         return LlamaForCausalLM(cfg).eval(), tok
 
-# %% ../nbs/03_models.ipynb #0910f07c
+# %% ../nbs/03_models.ipynb #4d537c09
 def load_pairs(split:str|None=None, # "train", "test" (held out), or none for both
                path:str|Path|None=None, # a JSON-lines file of your own
               ) -> list[dict]: # records {prompt, cho, rej, split}
@@ -108,5 +108,6 @@ def load_pairs(split:str|None=None, # "train", "test" (held out), or none for bo
     source = files("modlab") / "data" / "pairs.jsonl" if path is None else Path(path)
     records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
     splits = sorted({r["split"] for r in records if "split" in r})
-    if split is not None and split not in splits: raise ValueError(f"no split {split!r} in {source}; it has {splits}")
+    if split is not None and split not in splits:
+        raise ValueError(f"no split {split!r} in {path or 'the shipped pairs'}, which have {splits}; give one of them, or None")
     return [r for r in records if split is None or r.get("split") == split]
