@@ -21,15 +21,6 @@ def with_condition(cond, o, i, seed=0):
     return left * torch.logspace(0, -torch.log10(torch.tensor(cond, dtype=F64)).item(), k, dtype=F64) @ right.T
 
 
-@pytest.fixture
-def one_thread():
-    "Small matrices are slower on several cores."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def check(W):
     "Everything that thin_svd promises for one matrix."
     U, S, Vh = thin_svd(W)
