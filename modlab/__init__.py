@@ -12,8 +12,6 @@ from .pissa import ModulatedPiSSA, PiSSAConfig, selection_table, spectrum_table
 from .plots import SCORE_COLOURS, plot_overlap, plot_selection, plot_tail_depth
 from .selection import ProjectionStats, SCORES, chance_overlap, choose, overlap, project, selection_scores, tail_depth
 from .svd import thin_svd, thin_svds
-from .targets import (
-    LoRAConfig, block_of, block_stacks, dense_weight, find_targets, is_linear, is_quantised, layer_shape, role_of,
-    target_table,
-)
+from .targets import LoRAConfig, block_of, block_stacks, find_targets, role_of, target_table
 from .text import Batch, batches, collate, encode, encode_records, sides_of
+from .weights import dense_weight, device_of, is_linear, is_quantised, layer_shape

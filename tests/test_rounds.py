@@ -4,8 +4,8 @@ import torch
 from models import ARCHS, adapter_of, build, changes, gap, logits, seeded, state, tokens
 
 from modlab import ModulatedPiSSA
-from modlab import pissa as pissa_module
-from modlab.targets import dense_weight
+from modlab import weights as weights_module
+from modlab.weights import dense_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = ("s_only", "wanda", "act_only", "cho_rej_min_std")
@@ -121,15 +121,15 @@ def test_without_the_kept_base_restoring_is_the_round_trip(arch, base):
 
 @pytest.mark.parametrize("keep_base", [True, False])
 @pytest.mark.parametrize("fails_at", [0, 5])
-@pytest.mark.parametrize("fails_in", ["fold", "as_stored", "Round"])
+@pytest.mark.parametrize("fails_in", ["fold", "swap_weight", "Round"])
 def test_an_extraction_that_fails_half_way_puts_everything_back(keep_base, fails_at, fails_in, monkeypatch):
-    model, calls, step = build(), [], getattr(pissa_module, fails_in)
+    model, calls, step = build(), [], getattr(weights_module, fails_in)
     before = state(model)
     def fail(*args):
         calls.append(args)
         if len(calls) == fails_at + 1: raise MemoryError("full")
         return step(*args)
-    monkeypatch.setattr(pissa_module, fails_in, fail)
+    monkeypatch.setattr(weights_module, fails_in, fail)
     with pytest.raises(MemoryError): adapter_of("pissa-extracted", model, keep_base=keep_base)
     if keep_base or not fails_at: assert not changes(before, model)
     assert all(gap(p, before["values"][n]) < 2**-20 for n, p in model.named_parameters())  # the documented round trip
