@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from .adapter import Adapter, load_adapter
+from .bake import HistoryBake, PiSSAHistoryBake, bake_, bake_report, baked
 from .calibration import capture_activations
 from .checkpoint import read_metadata
 from .lora import ModulatedLoRA

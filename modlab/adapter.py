@@ -221,7 +221,7 @@ def build(adapter:"Adapter", model:nn.Module, cfg:LoRAConfig, layers:dict[str, n
         of = {n: place(tables[table][n], layer, cfg.factor_dtype) for n, layer in layers.items() if table in tables}
         setattr(adapter, table, {n: nn.Parameter(t.clone()) for n, t in of.items()} if table in adapter.trains else of)
 
-# %% ../nbs/06_adapter.ipynb #b8ba7460
+# %% ../nbs/06_adapter.ipynb #61b03b82
 class Adapter(Dosed, Stored):
     "A kind of adapter: named tables of factors, one scalar. Subclasses make the tables and give the slope of the gain."
     kind: ClassVar[str] = "" # how files call it
@@ -241,6 +241,7 @@ class Adapter(Dosed, Stored):
         logger.info("%r", self)
 
     def _settle(self, meta:Mapping) -> None: pass # what a kind does to the base, once its tables are there
+    def _folded_in(self) -> None: pass # what becomes of it when its map has been folded into the base for good
     def slope(self, name:str) -> Float[Tensor, "r"]: raise NotImplementedError
     def offset(self, name:str) -> Float[Tensor, "r"]|None: return None
 

@@ -48,13 +48,14 @@ class PiSSAConfig(LoRAConfig):
                              "(0.0, 0.0) starts as a no-op")
         object.__setattr__(self, "init", (float(mean), float(std)))
 
-# %% ../nbs/11_pissa.ipynb #cf607322
+# %% ../nbs/11_pissa.ipynb #ed104f0c
 def check_extractable(model:nn.Module, layers:Mapping[str, nn.Module]) -> None:
     "`ValueError` naming the first layer whose weight cannot be replaced, with the way out."
     shared = shared_weights(model)
     for name, layer in layers.items():
-        if why := why_fixed(layer, shared): raise ValueError(f"{name} ({type(layer).__name__}) {why}: nothing can be extracted from its weight; "
-                                 "pass extract=False")
+        tied = "is tied to another module" if id(getattr(layer, "weight", None)) in shared else ""
+        if why := why_fixed(layer) or tied or ("is inside a baked block" if folds(layer) else ""):
+            raise ValueError(f"{name} ({type(layer).__name__}) {why}: nothing can be extracted from its weight; pass extract=False")
 
 # %% ../nbs/11_pissa.ipynb #41cdb5bc
 def extract(adapter:"ModulatedPiSSA") -> None:
@@ -133,7 +134,7 @@ def check_restorable(adapter:"ModulatedPiSSA") -> None:
     if later: raise RuntimeError(f"a later round is extracted from {len(later)} of the same layers ({few(later)}); "
                                  "restore that one first")
 
-# %% ../nbs/11_pissa.ipynb #705ab436
+# %% ../nbs/11_pissa.ipynb #3cf2f659
 class Extracting:
     "The part of a PiSSA adapter that knows whether its directions are in the weight or out of it."
     extracted, keep_base = False, True
@@ -150,6 +151,8 @@ class Extracting:
         self.id = meta.get("id") or round_id(self.S, self.layers)
         if self.cfg.extract: extract(self)
         self.extracted = self.cfg.extract
+
+    def _folded_in(self) -> None: self.extracted = False
 
     def restore_base_W(self) -> None:
         "Put the base weight back and go on unextracted. `RuntimeError` if not extracted, or if a later round is still out."

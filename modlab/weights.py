@@ -72,18 +72,13 @@ def dense_weight(layer:nn.Module) -> Tensor: # (o, i); the parameter's own stora
     away = offloading(layer)
     return oriented(layer, away.weights_map["weight"].to(away.execution_device) if away else layer.weight.data)
 
-# %% ../nbs/01_weights.ipynb #b54068a7
+# %% ../nbs/01_weights.ipynb #fc4eb95f
 def shared_weights(model:nn.Module) -> set[int]: # ids of parameters that stand in more than one place
     return {p for p, n in Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False)).items() if n > 1}
 
-def why_fixed(layer:nn.Module,
-              shared:set[int]=frozenset(), # `shared_weights` of the model
-             ) -> str: # "is quantised", …, or the empty string
+def why_fixed(layer:nn.Module) -> str: # or the empty string
     "Why another matrix cannot take the place of this weight."
-    if is_quantised(layer): return "is quantised"
-    if offloading(layer): return "is offloaded"
-    if layer.__dict__.get("_modlab_folds"): return "is inside a baked block"
-    return "is tied to another module" if id(layer.weight) in shared else ""
+    return "is quantised" if is_quantised(layer) else "is offloaded" if offloading(layer) else ""
 
 # %% ../nbs/01_weights.ipynb #c38fa18d
 def swap_weight(layer:nn.Module, W:Float[Tensor, "o i"]) -> Float[Tensor, "o i"]: # what was there, the same storage
