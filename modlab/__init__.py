@@ -6,6 +6,7 @@ from .adapter import Adapter, load_adapter
 from .bake import HistoryBake, PiSSAHistoryBake, bake_, bake_report, baked
 from .calibration import capture_activations
 from .checkpoint import read_metadata
+from .divergence import AGGREGATES, aggregate, barrier, kl_fwd, kl_rev, token_nll
 from .lora import ModulatedLoRA
 from .lowrank import LowRank, fold, stack
 from .models import cache_dir, load_model, load_pairs, tiny_model

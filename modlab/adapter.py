@@ -54,7 +54,7 @@ def gain_at(c:Coeff,
     part = (c.to(slope.device, wide)[:, None] * slope.to(wide)).to(slope.dtype) if isinstance(c, Tensor) else c * slope
     return part if offset is None else offset + part
 
-# %% ../nbs/06_adapter.ipynb #180dc273
+# %% ../nbs/06_adapter.ipynb #e60fe306
 def batch_shape(args:tuple, kwargs:Mapping) -> tuple[int, int]|None: # (b, s), or None if these are no token inputs
     "Rows and positions of a model call, from its `input_ids` or `inputs_embeds`."
     given = next((kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), args[0] if args else None)
@@ -62,10 +62,12 @@ def batch_shape(args:tuple, kwargs:Mapping) -> tuple[int, int]|None: # (b, s), o
 
 def check_rows(name:str, x:Tensor, n:int, rows:tuple[int, int]|None) -> None:
     "`ValueError` unless `n` coefficients can be dealt out to the tokens that this layer sees."
-    if rows is None: raise ValueError(f"c has {n} coefficients, but the model was not called with input_ids or inputs_embeds")
+    if rows is None: raise ValueError(f"c has {n} coefficients, but the rows of {name} are unknown: it was not called with "
+                                      "input_ids or inputs_embeds; use one float c, or exclude this layer")
     b, s = rows
+    flattened = max(x.shape[:-1], default=1) == x.shape[:-1].numel() == b * s
     if n != b: raise ValueError(f"c has {n} coefficients, but the batch has {b} rows; give one coefficient a row, or one float")
-    if not (x.ndim > 2 and x.shape[0] == b) and x.shape[:-1].numel() != b * s:
+    if not (x.ndim > 2 and x.shape[0] == b or flattened):
         raise ValueError(f"{name} sees {tuple(x.shape)}, from which the {b} rows of {s} tokens cannot be told apart (routed "
                          "experts do this); use one float c, or exclude this layer")
 
@@ -101,7 +103,7 @@ def check_entry(adapter:"Dosed", model:nn.Module) -> None:
                                          "or leave its baked block")
     check_model(adapter, model)
 
-# %% ../nbs/06_adapter.ipynb #c810e468
+# %% ../nbs/06_adapter.ipynb #d1ae831d
 class Hooked:
     "Low-rank maps on named layers, added by forward hooks while attached. Subclasses say what `c` and `factors(name, c)` are."
     layers: dict[str, nn.Module] # full name -> layer
@@ -109,7 +111,8 @@ class Hooked:
     has_offset = False # is there something to add at c = 0?
     attached, rows = False, None # are the hooks there; (b, s) of the running call
 
-    def _note_rows(self, module, args, kwargs): self.rows = batch_shape(args, kwargs) or self.rows
+    def _note_rows(self, module, args, kwargs):  # rows of images are unknown: a row of text may hold any number of them
+        self.rows = batch_shape(args, kwargs) or (None if "pixel_values" in kwargs else self.rows)
     def _reset(self): self.attached, self.rows = False, None
 
     def _attach(self, model:nn.Module) -> ExitStack: # closing it detaches

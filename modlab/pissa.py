@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PiSSAConfig', 'selection_table', 'spectrum_table', 'ModulatedPiSSA']
 
-# %% ../nbs/11_pissa.ipynb #52b48225
+# %% ../nbs/11_pissa.ipynb #be01fd8b
 import hashlib
 import logging
 import math
@@ -18,12 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .calibration import check_after, directions
 from .checkpoint import Checkpoint, few, refuse
 from .lowrank import LowRank
-from .selection import ProjectionStats, check_mode, choose, project, selection_scores, tail_depth
-from .svd import thin_svds
+from .selection import ProjectionStats, check_mode, choose, flaw, project, selection_scores, tail_depth
 from .targets import LoRAConfig, block_of, block_stacks, find_targets, role_of
-from .weights import dense_weight, folds, layer_shape, put_back, remaining, rounds, shared_weights, take_out, why_fixed
+from .weights import dense_weight, folds, layer_shape, put_back, rounds, shared_weights, take_out, why_fixed
 
 # %% ../nbs/11_pissa.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
@@ -57,7 +57,7 @@ def check_extractable(model:nn.Module, layers:Mapping[str, nn.Module]) -> None:
         if why := why_fixed(layer) or tied or ("is inside a baked block" if folds(layer) else ""):
             raise ValueError(f"{name} ({type(layer).__name__}) {why}: nothing can be extracted from its weight; pass extract=False")
 
-# %% ../nbs/11_pissa.ipynb #41cdb5bc
+# %% ../nbs/11_pissa.ipynb #b9a23491
 def extract(adapter:"ModulatedPiSSA") -> None:
     "Write `W_res` into every layer; if anything goes wrong on the way, the layers already written are put back."
     try:
@@ -67,24 +67,40 @@ def extract(adapter:"ModulatedPiSSA") -> None:
         for layer in adapter.layers.values(): put_back(layer, adapter.id)
         raise
 
-def check_after(model:nn.Module, after:Sequence["ModulatedPiSSA"]) -> None:
-    for n, p in enumerate(after):
-        if not isinstance(p, ModulatedPiSSA) or p.model is not model:
-            raise ValueError(f"after[{n}] is a {type(p).__name__}, expected a ModulatedPiSSA built on this model")
-        if p.extracted:
-            raise ValueError(f"after[{n}] is extracted: the weight is without its directions already; leave it out of after")
+# %% ../nbs/11_pissa.ipynb #4616ea9e
+Reads = Tensor | ProjectionStats # what a layer read: rows (n, i), or their statistics along its directions
 
-# %% ../nbs/11_pissa.ipynb #aab55db1
-def projections(name:str, X:Tensor|Mapping[str, Tensor], Vh:Float[Tensor, "k i"]) -> ProjectionStats|dict[str, ProjectionStats]:
-    "Statistics of the captured inputs along each right singular vector; errors name the layer."
-    return {side: project(x, Vh, name) for side, x in X.items()} if isinstance(X, Mapping) else project(X, Vh, name)
+def sides_in(X:Reads|Mapping[str, Reads]) -> list[Reads]: return list(X.values()) if isinstance(X, Mapping) else [X]
 
-# %% ../nbs/11_pissa.ipynb #865de7b4
+def remedy(X:Mapping|None) -> str:
+    "How to get calibration data of the kind that was given."
+    streamed = any(isinstance(side, ProjectionStats) for of in (X or {}).values() for side in sides_in(of))
+    return f"pass calibration_activations=capture_{'statistics' if streamed else 'activations'}(model, tok, records, cfg)"
+
+# %% ../nbs/11_pissa.ipynb #f884e357
+def projections(name:str, X:Reads|Mapping[str, Reads], S:Float[Tensor, "k"], Vh:Float[Tensor, "k i"]
+               ) -> ProjectionStats|dict[str, ProjectionStats]:
+    "Statistics along each right singular vector: of captured inputs, or as they were streamed. Errors name the layer."
+    if isinstance(X, Mapping): return {side: projections(name, x, S, Vh) for side, x in X.items()}
+    if not isinstance(X, ProjectionStats): return project(X, Vh, name)
+    if why := flaw(X, len(S), S): raise ValueError(f"{name}: {why} (and the same after=); {remedy({name: X})}")
+    return X
+
+# %% ../nbs/11_pissa.ipynb #0eb9939f
+def check_side(name:str, layer:nn.Module, X:Reads, how:str) -> None:
+    "`ValueError` unless these are inputs of this layer, or sound statistics along as many directions as it has."
+    o, i = layer_shape(layer)
+    if isinstance(X, ProjectionStats):
+        if why := flaw(X, min(o, i)): raise ValueError(f"{name}: {why}; {how}")
+    elif not isinstance(X, Tensor) or X.ndim != 2 or X.shape[1] != i:
+        came = tuple(X.shape) if isinstance(X, Tensor) else f"a {type(X).__name__}"
+        raise ValueError(f"{name}: calibration_activations are {came}, expected (n, {i}); {how}")
+
 def check_calibration(layers:Mapping[str, nn.Module], mode:Score, X:Mapping|None) -> None:
-    "`ValueError`, before anything is decomposed, if the activations are missing or of another width."
+    "`ValueError`, before anything is decomposed, if calibration data is missing or cannot be of these layers."
     check_mode(mode)
     if mode == "s_only" or (callable(mode) and X is None): return
-    how = "pass calibration_activations=capture_activations(model, tok, records, cfg)"
+    how = remedy(X)
     if X is None:
         raise ValueError(f"selection_score={mode!r} needs calibration_activations, got None; {how}, or selection_score='s_only'")
     if missing := [n for n in layers if n not in X]:
@@ -92,21 +108,17 @@ def check_calibration(layers:Mapping[str, nn.Module], mode:Score, X:Mapping|None
                          "with this adapter's targets")
     for name, layer in layers.items():
         sides = set(X[name]) if isinstance(X[name], Mapping) else None
-        if sides != {"cho", "rej"} and (sides or mode == "cho_rej_min_std"):
-            raise ValueError(f"{name}: selection_score={mode!r} needs activations {{'cho': (n, i), 'rej': (n, i)}}, got "
-                             f"{sorted(sides) if sides else type(X[name]).__name__}; {how} with pairs {{prompt, cho, rej}}")
-        for x in X[name].values() if isinstance(X[name], Mapping) else [X[name]]:
-            if x.ndim != 2 or x.shape[1] != layer_shape(layer)[1]:
-                raise ValueError(f"{name}: calibration_activations are {tuple(x.shape)}, expected "
-                                 f"(n, {layer_shape(layer)[1]}); {how}")
+        if sides != {"cho", "rej"} and (sides is not None or mode == "cho_rej_min_std"):
+            raise ValueError(f"{name}: selection_score={mode!r} needs both answers, {{'cho': …, 'rej': …}}, got "
+                             f"{type(X[name]).__name__ if sides is None else sorted(sides)}; {how} with pairs {{prompt, cho, rej}}")
+        for side in sides_in(X[name]): check_side(name, layer, side, how)
 
-# %% ../nbs/11_pissa.ipynb #7598071a
+# %% ../nbs/11_pissa.ipynb #829a81f1
 def decompose(layers:Mapping[str, nn.Module], cfg:PiSSAConfig, X:Mapping|None, after:Sequence["ModulatedPiSSA"]) -> dict:
     "The tables U, S, Vh, chosen_idx and spectrum of every layer: decompose, score, keep the best `r`."
     tables = {table: {} for table in ("U", "S", "Vh", "chosen_idx", "spectrum")}
-    left = {name: remaining(layer, [p.held(name) for p in after if name in p.layers]) for name, layer in layers.items()}
-    for name, (U, S, Vh) in thin_svds(left):
-        stats = None if cfg.selection_score == "s_only" or X is None else projections(name, X[name], Vh)
+    for name, (U, S, Vh) in directions(layers, after):
+        stats = None if cfg.selection_score == "s_only" or X is None else projections(name, X[name], S, Vh)
         idx = choose(selection_scores(S, cfg.selection_score, stats, name), cfg.r)
         at = idx.to(U.device)
         chosen = U.index_select(1, at), S[at], Vh.index_select(0, at), idx, S
@@ -240,7 +252,7 @@ def selection_line(adapter:"ModulatedPiSSA") -> str:
     return (f"selection {adapter.cfg.selection_score!r}: tail depth {table.tail_depth.mean():.3f} (0 top, 0.5 chance, 1 tail; "
             f"mean over {table.tail_depth.count()} layers), spectral energy kept {table.energy.mean():.1%}")
 
-# %% ../nbs/11_pissa.ipynb #16d1f731
+# %% ../nbs/11_pissa.ipynb #26e996d3
 class ModulatedPiSSA(Extracting, Loading, Adapter):
     "Chosen singular directions dosed by `c`: `y = W x + U · c·delta_s · Vh x` (after Meng et al. 2024); only `delta_s` trains."
     kind, config, trains, down, up = "pissa", PiSSAConfig, ("delta_s",), "Vh", "U"
@@ -252,7 +264,7 @@ class ModulatedPiSSA(Extracting, Loading, Adapter):
                  exclude:str|Sequence[str]=LoRAConfig.exclude, # patterns that win over targets
                  layer_range:tuple[float, float]=(0.0, 1.0), # part of the block stack, as fractions
                  dtype:torch.dtype|None=None, # of the factors; None is float32
-                 calibration_activations:Mapping|None=None, # from capture_activations; not needed for "s_only"
+                 calibration_activations:Mapping|None=None, # from capture_activations or capture_statistics; "s_only" needs none
                  selection_score:Score="cho_rej_min_std", # a mode of selection_scores, or a function (S, stats) -> scores
                  extract:bool=True, # take the directions out of the weight
                  init:tuple[float, float]=(4e-2, 4e-2), # mean and standard deviation of delta_s

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from .svd import float64
 
-# %% ../nbs/09_selection.ipynb #4162a90a
+# %% ../nbs/09_selection.ipynb #eee64753
+SAME = 1e-6 # of the largest: the singular values of one weight, computed anywhere, agree to this
+
+def same_spectrum(a: Float[Tensor, "k"]|None, b: Float[Tensor, "m"]|None) -> bool:
+    "Can these be the singular values of one weight? Unknown ones can."
+    if a is None or b is None: return True
+    return a.shape == b.shape and bool(((a.cpu() - b.cpu()).abs() <= SAME * a.cpu().max()).all())
+
+# %% ../nbs/09_selection.ipynb #7a93fc7a
 @dataclass(frozen=True)
 class ProjectionStats:
     "What the scores need to know of `count` rows of projections on `k` directions; everything in float64."
@@ -24,6 +32,7 @@ class ProjectionStats:
     mean: Float64[Tensor, "k"]
     m2: Float64[Tensor, "k"] # sum of squared deviations from the mean
     mean_abs: Float64[Tensor, "k"] # mean magnitude
+    S: Float[Tensor, "k"]|None = None # the singular values of the weight whose directions these are, where it is known
 
     @classmethod
     def of(cls, P: Float[Tensor, "n k"]) -> "ProjectionStats":
@@ -34,13 +43,13 @@ class ProjectionStats:
 
     def merge(self, other: "ProjectionStats") -> "ProjectionStats":
         "The statistics of both sets of rows together; `ValueError` if they are of different directions."
-        if self.mean.shape != other.mean.shape:
-            raise ValueError(f"statistics of {len(self.mean)} directions cannot be merged with statistics of {len(other.mean)}; "
-                             "project both on the same Vh")
+        if self.mean.shape != other.mean.shape or not same_spectrum(self.S, other.S):
+            raise ValueError(f"statistics of {len(self.mean)} directions cannot be merged with statistics of {len(other.mean)} "
+                             "of another weight; project both on the same Vh")
         n, gap = self.count + other.count, other.mean - self.mean
         w = other.count / max(n, 1)
         return ProjectionStats(n, self.mean + w * gap, self.m2 + other.m2 + gap.square() * (self.count * w),
-                               self.mean_abs + w * (other.mean_abs - self.mean_abs))
+                               self.mean_abs + w * (other.mean_abs - self.mean_abs), other.S if self.S is None else self.S)
 
     @property
     def std(self) -> Float64[Tensor, "k"]:
@@ -105,23 +114,25 @@ def check_mode(mode: Any, # what was given
     raise ValueError(f"{called(name)}unknown selection score {mode!r}; give one of {', '.join(SCORES)}, "
                      "or a function (S, stats) -> scores (k,)")
 
-# %% ../nbs/09_selection.ipynb #4cbfa85b
-def check_side(side: ProjectionStats, # of one text, or one side of a pair
-               k: int, # directions of the layer
-               where: str, # how the message begins
-              ) -> None:
-    "`ValueError` unless there are `k` directions, two rows or more, and finite numbers."
+# %% ../nbs/09_selection.ipynb #1325eb36
+def flaw(side: ProjectionStats, # of one text, or one side of a pair
+         k: int, # directions of the layer
+         S: Float[Tensor, "k"]|None=None, # its singular values, once they are known
+        ) -> str: # or the empty string
+    "Why these statistics cannot serve a layer, and what would."
     if side.mean.shape != (k,):
-        raise ValueError(f"{where}calibration statistics are of {len(side.mean)} directions, the layer has {k}; "
-                         "project on its own Vh")
-    if side.count < 2: raise ValueError(f"{where}calibration needs at least 2 rows (tokens), got {side.count}; pass more tokens")
+        return f"calibration statistics are of {len(side.mean)} directions, the layer has {k}; project on its own Vh"
+    if side.count < 2: return f"calibration needs at least 2 rows (tokens), got {side.count}; pass more tokens"
     if not all(t.isfinite().all() for t in (side.mean, side.m2, side.mean_abs)):
-        raise ValueError(f"{where}calibration statistics hold NaN or infinite values; pass finite inputs (n, i)")
+        return "calibration statistics hold NaN or infinite values; pass finite inputs (n, i)"
+    return "" if same_spectrum(S, side.S) else (
+        "calibration statistics were projected on the directions of another weight (its singular values differ): take them from "
+        "the weight as it is, after the same rounds")
 
-# %% ../nbs/09_selection.ipynb #0fd1ce16
+# %% ../nbs/09_selection.ipynb #239d8eac
 def check_stats(stats: Any, # what was given
                 mode: str, # one of `SCORES`, other than `s_only`
-                k: int, # directions of the layer
+                S: Float[Tensor, "k"], # singular values of the layer
                 name: str|None=None, # the layer, for messages
                ) -> None:
     "`ValueError` unless `stats` serves `mode`: the right kind, and sound."
@@ -132,7 +143,7 @@ def check_stats(stats: Any, # what was given
         raise ValueError(f"{called(name)}selection score {mode!r} needs projection statistics of calibration activations, "
                          f"got {came}; pass {'project(X, Vh) or ' if single else ''}"
                          "{'cho': project(X, Vh), 'rej': project(X, Vh)}")
-    for side in sides: check_side(side, k, called(name))
+    if why := next(filter(None, (flaw(side, len(S), S) for side in sides)), ""): raise ValueError(f"{called(name)}{why}")
 
 def check_scores(scores: Any, k: int, name: str|None=None) -> None:
     "`ValueError` unless `scores`, from somebody's function, are `k` numbers."
@@ -140,7 +151,7 @@ def check_scores(scores: Any, k: int, name: str|None=None) -> None:
         f"shape {tuple(scores.shape)}" if scores.shape != (k,) else "NaN" if scores.isnan().any() else None
     if came: raise ValueError(f"{called(name)}a selection score must return a tensor of shape ({k},) without NaN; got {came}")
 
-# %% ../nbs/09_selection.ipynb #2d58a0b5
+# %% ../nbs/09_selection.ipynb #b48e6f89
 def selection_scores(S: Float[Tensor, "k"], # singular values, descending
                      mode: Any="cho_rej_min_std", # one of `SCORES`, or f(S, stats) -> (k,)
                      stats: Any=None, # `ProjectionStats`, or {"cho": …, "rej": …} of them
@@ -151,7 +162,7 @@ def selection_scores(S: Float[Tensor, "k"], # singular values, descending
     S = float64(S).cpu()
     if callable(mode): scores = mode(S, stats)
     else:
-        if mode != "s_only": check_stats(stats, mode, len(S), name)
+        if mode != "s_only": check_stats(stats, mode, S, name)
         scores = SCORES[mode](S, stats)
     check_scores(scores, len(S), name)
     return float64(scores).cpu().masked_fill(S <= EMPTIED * S[0], float("-inf"))

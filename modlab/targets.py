@@ -121,11 +121,11 @@ def verdicts(model:nn.Module, cfg:LoRAConfig) -> dict[str, str]: # full name -> 
                          "leave it at (0.0, 1.0)")
     return {name: why_not(name, layer, cfg, stacks, head) for name, layer in linear_layers(model).items()}
 
-# %% ../nbs/02_targets.ipynb #9349a384
+# %% ../nbs/02_targets.ipynb #809fc8f9
 def fused_parameters(model:nn.Module, cfg:LoRAConfig) -> int: # number of parameters
-    "How much sits in fused expert tensors `(experts, …, …)` that the patterns ask for."
-    fused = [(f"{name}.{key}", p) for name, m in model.named_modules() if not isinstance(m, _ConvNd)
-             for key, p in m.named_parameters(recurse=False) if p.ndim == 3 and p.shape[0] > 1]
+    "How much sits in fused tensors, `(experts, …, …)` or under the name of experts, that the patterns ask for."
+    fused = [(f"{name}.{key}", p) for name, m in model.named_modules() if not (isinstance(m, _ConvNd) or is_linear(m))
+             for key, p in m.named_parameters(recurse=False) if p.ndim == 3 and p.shape[0] > 1 or "experts" in f"{name}.{key}"]
     asked = lambda name: "all-linear" in cfg.targets or first_match(cfg.targets, name)
     return sum(p.numel() for name, p in fused if asked(name) and not first_match(cfg.exclude, name))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_linear', 'layer_shape', 'is_quantised', 'device_of', 'dense_weight']
 
-# %% ../nbs/01_weights.ipynb #406c59b2
+# %% ../nbs/01_weights.ipynb #209ea698
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,14 +15,17 @@ import torch
 from accelerate.hooks import ModelHook
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .lowrank import LowRank, fold
 
-# %% ../nbs/01_weights.ipynb #83494b7d
+# %% ../nbs/01_weights.ipynb #0f8ba992
 def is_linear(module:nn.Module) -> bool:
     "Is this a linear layer: `nn.Linear`, a descendant, GPT-2's `Conv1D`, or a quantised stand-in?"
-    if isinstance(module, (nn.Linear, Conv1D)): return True
+    if isinstance(module, NonDynamicallyQuantizableLinear): return False
+    if isinstance(module, nn.Linear): return type(module).forward is nn.Linear.forward or "Linear" in type(module).__name__
+    if isinstance(module, Conv1D): return True
     stand_in = "Linear" in type(module).__name__ and hasattr(module, "in_features") and hasattr(module, "out_features")
     return stand_in and not any(isinstance(m, nn.Linear) for m in module.modules())
 
