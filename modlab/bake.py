@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['HistoryBake', 'PiSSAHistoryBake', 'baked', 'bake_report', 'bake_']
 
-# %% ../nbs/12_bake.ipynb #a01ace8f
+# %% ../nbs/12_bake.ipynb #b5352d9f
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -178,7 +179,7 @@ def baked(model:nn.Module, # that every adapter was built on
     hooked = {name: stacked(total, name) for name in fixed}
     with in_force(total), fold_all(total, foldable), Stacked(model, fixed, hooked): yield model
 
-# %% ../nbs/12_bake.ipynb #ea1eead1
+# %% ../nbs/12_bake.ipynb #33d4009f
 def rounding(layer:nn.Module, m:LowRank, still:LowRank) -> dict[str, float]:
     "Norms of a map and of what folding it loses, relative to the weight and to the map; `still` is the map at c = 0."
     W = dense_weight(layer)
@@ -186,17 +187,19 @@ def rounding(layer:nn.Module, m:LowRank, still:LowRank) -> dict[str, float]:
     lost, ratio = (fold(W, m).double() - W - m.matrix()).norm(), lambda a, b: (a / b).item() if a else 0.0
     return dict(size=ratio(m.norm(), W.double().norm()), error=ratio(lost, m.norm()), dose_error=ratio(lost, dose.norm()))
 
-# %% ../nbs/12_bake.ipynb #6eff393f
+HELD = dict.fromkeys(("size", "error", "dose_error"), math.nan) # nothing is folded, nothing is lost
+
+# %% ../nbs/12_bake.ipynb #324ef758
 @torch.no_grad()
 def bake_report(model:nn.Module, history:History) -> pd.DataFrame:
     """One row per layer: name, layer (block), role, dtype, rank, size (of the map, relative to the weight), error (of the map once
-    folded, relative to the map), dose_error (the same, relative to the part that moves with c), how ("fold", or "hook": no error)."""
+    folded, relative to the map), dose_error (the same, relative to the part that moves with c), how ("fold", or "hook" with NaN: nothing is folded)."""
     total, stacks, rows = doses(model, history), block_stacks(model), []
     for name, layer in layers_of(total).items():
         m, still, block = stacked(total, name), stacked(dict.fromkeys(total, 0.0), name), block_of(name, stacks)
-        lost = {} if why_fixed(layer) else rounding(layer, m, still)
+        how, lost = ("hook", HELD) if why_fixed(layer) else ("fold", rounding(layer, m, still))
         rows.append(dict(name=name, layer=block[0] if block else pd.NA, role=role_of(name), dtype=weight_dtype(layer), rank=m.rank,
-                         **lost, how="fold" if lost else "hook"))
+                         **lost, how=how))
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
 # %% ../nbs/12_bake.ipynb #dcaac022
