@@ -4,16 +4,19 @@ __version__ = "0.1.0"
 
 from .adapter import Adapter, load_adapter
 from .bake import HistoryBake, PiSSAHistoryBake, bake_, bake_report, baked
-from .calibration import capture_activations
+from .calibration import capture_activations, capture_statistics
 from .checkpoint import read_metadata
 from .divergence import AGGREGATES, aggregate, barrier, kl_fwd, kl_rev, token_nll
+from .interop import from_peft, to_peft
 from .lora import ModulatedLoRA
 from .lowrank import LowRank, fold, stack
 from .models import cache_dir, load_model, load_pairs, tiny_model
 from .pissa import ModulatedPiSSA, PiSSAConfig, selection_table, spectrum_table
 from .plots import SCORE_COLOURS, plot_overlap, plot_selection, plot_tail_depth
+from .readout import Readout, answer_ids, answer_rows
 from .selection import ProjectionStats, SCORES, chance_overlap, choose, overlap, project, selection_scores, tail_depth
 from .svd import thin_svd, thin_svds
+from .sweep import Calibration, calibrate_c, kl_curve
 from .targets import LoRAConfig, block_of, block_stacks, find_targets, role_of, target_table
 from .text import Batch, batches, collate, encode, encode_records, sides_of
 from .weights import dense_weight, device_of, is_linear, is_quantised, layer_shape

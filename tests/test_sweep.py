@@ -1,0 +1,131 @@
+"""Curves and calibrations on tiny models, against full logits and against what was asked for."""
+import math
+
+import pytest
+import torch
+from models import adapter_of, build, changes, state
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+
+from modlab import AGGREGATES, ModulatedLoRA, aggregate, calibrate_c, collate, encode_records, kl_curve, kl_fwd, kl_rev, tiny_model, token_nll
+from modlab.sweep import crossing
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PAIRS = [dict(prompt=f"question {n}", cho="abcdefgh"[: 2 + n % 5] * 3, rej="xyz" * (1 + n % 3)) for n in range(7)]
+
+
+def by_hand(model, tok, adapter, c, side="cho"):
+    "Every aggregate from the logits of all positions, one record at a time."
+    parts = []
+    for encoded in encode_records(tok, PAIRS, side):
+        b = collate([encoded])
+        with torch.no_grad(), adapter(model, 0.0):
+            base = model(**b.inputs()).logits[0, :-1][b.is_target[0, 1:]]
+            adapter.set_coeff(c)
+            y = model(**b.inputs()).logits[0, :-1][b.is_target[0, 1:]]
+        parts.append(torch.stack([kl_rev(y, base), kl_fwd(y, base), token_nll(y, b.input_ids[0, 1:][b.is_target[0, 1:]])]))
+    rev, fwd, nll = torch.cat(parts, 1)
+    both = {f"{key}_{how}": aggregate(kl, how).item() for key, kl in (("kl_rev", rev), ("kl_fwd", fwd)) for how in AGGREGATES}
+    return both | dict(nll=nll.mean().item(), n_tokens=len(nll))
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa-unextracted", "pissa-extracted"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_curve_is_what_full_logits_give(kind, batch_size, monkeypatch):
+    monkeypatch.setattr("modlab.sweep.CHUNK", 5)  # several chunks a batch
+    model, tok = tiny_model()
+    a = adapter_of(kind, model)
+    before = state(model)
+    curve = kl_curve(model, tok, a, PAIRS, [-1.0, 0.0, 0.7], batch_size=batch_size)
+    assert not changes(before, model) and not a.attached and curve.c.tolist() == [-1.0, 0.0, 0.7]
+    for _, row in curve.iterrows():
+        expected = by_hand(model, tok, a, row.c)
+        for key, value in expected.items(): assert row[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+        assert row.nll_rej == pytest.approx(by_hand(model, tok, a, row.c, "rej")["nll"], rel=1e-4)
+        assert row.margin == pytest.approx(row.nll_rej - row.nll)
+    zero = curve.iloc[1]
+    assert zero.kl_rev_max == zero.kl_fwd_max == 0 and zero.kl_rev_rmse == pytest.approx(1e-4)
+    assert (curve.iloc[[0, 2]].kl_rev_mean > 1e-3).all(), "the doses do something"
+
+
+SMALL = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+             initializer_range=0.2)
+
+
+@pytest.mark.parametrize("cfg", [Gemma2Config(**SMALL, final_logit_softcapping=0.5), GraniteConfig(**SMALL, logits_scaling=7.0),
+                                 CohereConfig(**SMALL, logit_scale=0.1)], ids=lambda c: c.model_type)
+def test_models_that_finish_their_logits(cfg):
+    model, tok = AutoModelForCausalLM.from_config(cfg).eval(), tiny_model()[1]
+    a = adapter_of("lora", model)
+    row = kl_curve(model, tok, a, PAIRS, [1.0]).iloc[0]
+    for key, value in by_hand(model, tok, a, 1.0).items(): assert row[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+
+
+def test_an_adapter_on_the_head_is_seen():
+    model, tok = tiny_model()
+    a = adapter_of("lora", model, targets=("lm_head", "q_proj"), exclude=())
+    row = kl_curve(model, tok, a, PAIRS, [1.0]).iloc[0]
+    for key, value in by_hand(model, tok, a, 1.0).items(): assert row[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+
+
+def test_samples_have_no_margin():
+    model, tok = tiny_model()
+    curve = kl_curve(model, tok, adapter_of("lora", model), [dict(prompt="a", completion="bcd")], [1.0])
+    assert "margin" not in curve and "nll_rej" not in curve and curve.n_tokens[0] == 3
+
+
+SAMPLES = [dict(prompt=f"q{n}", completion="".join(chr(97 + (n * 11 + i * i) % 26) for i in range(40))) for n in range(80)]
+
+
+@pytest.mark.parametrize("kind, sign", [("lora", 1), ("pissa-extracted", -1)])
+@pytest.mark.parametrize("stat", AGGREGATES)
+def test_a_calibrated_dose_meets_its_budget(kind, sign, stat):
+    model, tok = tiny_model()
+    a = adapter_of(kind, model)
+    budget = kl_curve(model, tok, a, SAMPLES, [0.4 * sign]).iloc[0][f"kl_rev_{stat}"]  # certainly within reach
+    cal = calibrate_c(model, tok, a, SAMPLES, budget, stat=stat, sign=sign, tol=0.02)
+    assert cal.reached and cal.c * sign > 0 and abs(cal.kl - budget) <= 0.02 * budget
+    assert cal.forwards % 5 == 0 and cal.n_tokens == (1600, 1600) and not a.attached
+    if stat == "max": return  # one token decides it, and other text has another one
+    assert cal.interval[0] <= cal.kl_held_out <= cal.interval[1]
+    assert abs(cal.kl_held_out - budget) <= 0.15 * budget or cal.interval[0] <= budget <= cal.interval[1]
+
+
+def test_held_out_records_are_used():
+    model, tok = tiny_model()
+    a = adapter_of("lora", model)
+    cal = calibrate_c(model, tok, a, SAMPLES[:20], 0.05, held_out=SAMPLES[40:44], tol=0.01)
+    there = kl_curve(model, tok, a, SAMPLES[40:44], [cal.c]).iloc[0]
+    assert cal.kl_held_out == pytest.approx(there.kl_rev_p95, rel=1e-3) and cal.n_tokens == (800, 160)
+
+
+def test_out_of_reach_is_said_and_nothing_invented(caplog):
+    model, tok = tiny_model()
+    cal = calibrate_c(model, tok, ModulatedLoRA(model, r=2), SAMPLES[:8], 0.1)
+    assert not cal.reached and all(map(math.isnan, (cal.c, cal.kl, cal.kl_held_out, *cal.interval))) and cal.forwards > 0
+    assert any("widen the bracket" in r.message for r in caplog.records) and any("1500" in r.message for r in caplog.records)
+    a = adapter_of("lora", model)
+    low = calibrate_c(model, tok, a, SAMPLES[:8], 1e-4, bracket=(1, 4))
+    assert not low.reached and math.isnan(low.c), "even the low end is beyond the budget"
+
+
+def test_a_dose_that_destroys_the_model_is_beyond_every_budget():
+    f = lambda c: math.inf if c > 1 else c * c
+    c, value = crossing(f, 0.25, 0.0, 1000.0, 0.01)
+    assert abs(value - 0.25) <= 0.0025 and abs(c - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("bad, match", [(dict(target_kl=-1.0), "positive"), (dict(target_kl=float("nan")), "positive"), (dict(stat="p50"), "p95"),
+                                        (dict(sign=2), "sign"), (dict(bracket=(3, 1)), "bracket"), (dict(tol=0.0), "tol"),
+                                        (dict(records=[]), "cannot be split"), (dict(records=SAMPLES[:1]), "split")])
+def test_bad_arguments(bad, match):
+    model, tok = tiny_model()
+    a = adapter_of("lora", model)
+    before = state(model)
+    kw = dict(records=SAMPLES[:4], target_kl=0.1) | bad
+    with pytest.raises(ValueError, match=match): calibrate_c(model, tok, a, kw.pop("records"), kw.pop("target_kl"), **kw)
+    for cs in ([], [float("inf")]):
+        with pytest.raises(ValueError, match="finite"): kl_curve(model, tok, a, PAIRS, cs)
+    other = build(seed=1)
+    with pytest.raises(ValueError, match="another model"): kl_curve(other, tok, a, PAIRS, [1.0])
+    with a(model), pytest.raises(RuntimeError, match="attached"): kl_curve(model, tok, a, PAIRS, [1.0])
+    assert not changes(before, model)
