@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Adapter', 'load_adapter']
 
-# %% ../nbs/06_adapter.ipynb #896a27e0
+# %% ../nbs/06_adapter.ipynb #ae27b288
 import difflib
 import logging
 import math
@@ -27,7 +27,7 @@ from .checkpoint import (Checkpoint, Tables, check_file, config_from, config_met
                                read_metadata, write_checkpoint)
 from .lowrank import LowRank
 from .targets import LoRAConfig, role_of
-from .weights import device_of, layer_shape
+from .weights import device_of, guard_4bit, layer_shape
 
 # %% ../nbs/06_adapter.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
@@ -210,7 +210,7 @@ class Stored:
     def _live(self) -> str|None: return None # the id under which this adapter has changed the base, if it has
     def _take_over(self, ck:Checkpoint, cfg:LoRAConfig) -> None: copy_tables(self, ck, cfg)
 
-# %% ../nbs/06_adapter.ipynb #23a3cb9b
+# %% ../nbs/06_adapter.ipynb #31d53200
 def check_layer(adapter:"Adapter", name:str) -> None:
     if name not in adapter.layers:
         near = difflib.get_close_matches(name, adapter.layers, n=1) or list(adapter.layers)[:1]
@@ -218,6 +218,7 @@ def check_layer(adapter:"Adapter", name:str) -> None:
 
 def build(adapter:"Adapter", model:nn.Module, cfg:LoRAConfig, layers:dict[str, nn.Module], tables:Tables) -> None:
     "Take the tables on: each factor where its layer lives, those that train as parameters."
+    guard_4bit(model)
     adapter.model, adapter.cfg, adapter.layers = model, cfg, layers
     adapter.base = {name: fingerprint(layer) for name, layer in layers.items()}
     for table in adapter.tables:

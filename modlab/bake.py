@@ -91,7 +91,7 @@ def in_force(adapters:Iterable[Adapter]) -> Iterator[None]:
     finally:
         for a in adapters: a.bakes -= 1
 
-# %% ../nbs/12_bake.ipynb #54423e64
+# %% ../nbs/12_bake.ipynb #8e07659f
 class HistoryBake(Stacked):
     "A history on the base model as one hook a layer, from construction until `remove()` or the end of a `with` block."
     def __init__(self, model:nn.Module, # that every adapter was built on
@@ -110,7 +110,7 @@ class HistoryBake(Stacked):
                              "or restore_base_W() it first")
 
     def set_gate(self, is_active) -> None:
-        "`is_active()` is asked at every layer: True is the history, False the pristine base, a bool tensor `(b,)` one of them a row."
+        "`is_active()` is asked at every layer: True is the history, False the base, a bool tensor `(b,)` one of them a row."
         if not callable(is_active): raise ValueError(f"a gate is a function without arguments, got {is_active!r}")
         self.gate = is_active
 
@@ -189,26 +189,27 @@ def rounding(layer:nn.Module, m:LowRank, still:LowRank) -> dict[str, float]:
 
 HELD = dict.fromkeys(("size", "error", "dose_error"), math.nan) # nothing is folded, nothing is lost
 
-# %% ../nbs/12_bake.ipynb #324ef758
+# %% ../nbs/12_bake.ipynb #f258d50c
 @torch.no_grad()
 def bake_report(model:nn.Module, history:History) -> pd.DataFrame:
-    """One row per layer: name, layer (block), role, dtype, rank, size (of the map, relative to the weight), error (of the map once
-    folded, relative to the map), dose_error (the same, relative to the part that moves with c), how ("fold", or "hook" with NaN: nothing is folded)."""
+    """One row per layer: name, layer (block), role, dtype, rank, size (of the map, relative to the weight), error (of the map
+    once folded, relative to the map), dose_error (relative to the part that moves with c), how ("fold", or "hook" and NaN)."""
     total, stacks, rows = doses(model, history), block_stacks(model), []
     for name, layer in layers_of(total).items():
         m, still, block = stacked(total, name), stacked(dict.fromkeys(total, 0.0), name), block_of(name, stacks)
         how, lost = ("hook", HELD) if why_fixed(layer) else ("fold", rounding(layer, m, still))
-        rows.append(dict(name=name, layer=block[0] if block else pd.NA, role=role_of(name), dtype=weight_dtype(layer), rank=m.rank,
-                         **lost, how=how))
+        rows.append(dict(name=name, layer=block[0] if block else pd.NA, role=role_of(name), dtype=weight_dtype(layer),
+                         rank=m.rank, **lost, how=how))
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
-# %% ../nbs/12_bake.ipynb #dcaac022
+# %% ../nbs/12_bake.ipynb #997448b0
 def check_bakeable(model:nn.Module, total:Mapping[Adapter, float], layers:Mapping[str, nn.Module]) -> None:
     "`ValueError` or `RuntimeError` naming the layer that cannot be folded for good, and the way out."
     known = {a._live() for a in total}
     for name, layer in layers.items():
-        if why := why_fixed(layer): raise ValueError(f"{name} ({type(layer).__name__}) {why} and cannot take a map in; use baked or "
-                                                     "HistoryBake, or load the model in a float dtype on one device")
+        if why := why_fixed(layer):
+            raise ValueError(f"{name} ({type(layer).__name__}) {why} and cannot take a map in; use baked or HistoryBake, or load "
+                             "the model in a float dtype on one device")
         if folds(layer) or any(a.bakes for a in total):
             raise RuntimeError(f"a history is in force on {name}; remove() it, or leave its baked block, first")
         if missing := [r.id for r in rounds(layer) if r.id not in known]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['capture_activations', 'capture_statistics']
 
-# %% ../nbs/10_calibration.ipynb #9bbf55f9
+# %% ../nbs/10_calibration.ipynb #db1d7230
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +22,7 @@ from .selection import ProjectionStats, project
 from .svd import SVD, thin_svds
 from .targets import LoRAConfig, find_targets
 from .text import Batch, batches, sides_of
-from .weights import device_of, offloading, remaining
+from .weights import device_of, guard_4bit, offloading, remaining
 
 # %% ../nbs/10_calibration.ipynb #dab75aee
 def completion_rows(name:str, x:Tensor, batch:Batch, device:torch.device|str|None=None) -> Float[Tensor, "n i"]:
@@ -57,8 +57,8 @@ def body(model:nn.Module, layers:Mapping[str, nn.Module]) -> nn.Module:
     inner = getattr(model, "base_model", model)
     return inner if set(layers.values()) <= set(inner.modules()) else model
 
-# %% ../nbs/10_calibration.ipynb #803ba50a
-def first_targets(batch:Batch, n:float) -> Batch:
+# %% ../nbs/10_calibration.ipynb #df649778
+def first_targets(batch:Batch, n:float|int) -> Batch:
     "The batch with no more than its first `n` completion tokens marked."
     count = batch.is_target.flatten().cumsum(0).view_as(batch.is_target)
     return replace(batch, is_target=batch.is_target & (count <= n))
@@ -67,6 +67,7 @@ def first_targets(batch:Batch, n:float) -> Batch:
 def read_side(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Batch], limit:float, take:Take,
               device:torch.device|str|None=None) -> None:
     "Run batches until `limit` rows of each layer went to `take`. `ValueError` for a layer that the model does not call."
+    guard_4bit(model)  # a forward without gradients is what repacks
     inner, start, count = body(model, layers), device_of(model.get_input_embeddings()), 0
     for batch in runs:
         batch = first_targets(batch, limit - count)
@@ -83,17 +84,17 @@ def stored(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Batch]
     for of in parts.values(): joined.setdefault(tuple(map(id, of)), torch.cat(of))
     return {name: joined[tuple(map(id, of))] for name, of in parts.items()}
 
-# %% ../nbs/10_calibration.ipynb #0f55c134
+# %% ../nbs/10_calibration.ipynb #5ba947a2
 def wanted(max_tokens:int|None) -> float:
     "Rows a side, infinity for all; `ValueError` for fewer than two."
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2 (a spread needs two rows), or None for all, got {max_tokens}")
-    return math.inf if max_tokens is None else max_tokens
+    return math.inf if max_tokens is None else float(max_tokens)
 
-def runs_of(tok:PreTrainedTokenizerBase, records:Sequence[dict], side:str, batch_size:int) -> Iterable[Batch]:
+def runs_of(tok:PreTrainedTokenizerBase, records:Sequence[dict], side:str, batch_size:int) -> Iterator[Batch]:
     "One side of the records in batches, with a progress bar."
-    return tqdm(batches(tok, records, side, batch_size), desc=f"capture {side}", total=math.ceil(len(records) / batch_size),
-                leave=False, delay=1)
+    total = math.ceil(len(records) / batch_size)
+    yield from tqdm(batches(tok, records, side, batch_size), desc=f"capture {side}", total=total, leave=False, delay=1)
 
 def by_layer(by_side:Mapping[str, Mapping]) -> dict:
     "From side -> layer to layer -> side; a single text has no sides."
@@ -111,7 +112,7 @@ def capture_activations(model:nn.Module, tok:PreTrainedTokenizerBase,
     limit, layers, sides = wanted(max_tokens), find_targets(model, cfg), sides_of(records)
     return by_layer({side: stored(model, layers, runs_of(tok, records, side, batch_size), limit) for side in sides})
 
-# %% ../nbs/10_calibration.ipynb #f8c6d525
+# %% ../nbs/10_calibration.ipynb #51eef3ed
 def check_after(model:nn.Module, after:Sequence[Adapter]) -> None:
     "`ValueError` unless all of these hold directions of this model's weights that are still in them."
     for n, p in enumerate(after):
@@ -122,7 +123,8 @@ def check_after(model:nn.Module, after:Sequence[Adapter]) -> None:
 
 def directions(layers:Mapping[str, nn.Module], after:Sequence[Adapter]=()) -> Iterator[tuple[str, SVD]]: # (name, (U, S, Vh))
     "The thin SVD of each weight, less what extracted rounds and those in `after` hold of it."
-    return thin_svds({name: remaining(layer, [p.held(name) for p in after if name in p.layers]) for name, layer in layers.items()})
+    held = lambda name: [p.held(name) for p in after if name in p.layers]
+    return thin_svds({name: remaining(layer, held(name)) for name, layer in layers.items()})
 
 # %% ../nbs/10_calibration.ipynb #a9b7cd54
 def streamed(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Batch], limit:float, frames:Mapping[str, tuple]
@@ -136,7 +138,7 @@ def streamed(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Batc
 def on_cpu(stats:ProjectionStats) -> ProjectionStats:
     return replace(stats, mean=stats.mean.cpu(), m2=stats.m2.cpu(), mean_abs=stats.mean_abs.cpu())
 
-# %% ../nbs/10_calibration.ipynb #bb381d3b
+# %% ../nbs/10_calibration.ipynb #0afb17b4
 def capture_statistics(model:nn.Module, tok:PreTrainedTokenizerBase,
                        records:Sequence[dict], # pairs {prompt, cho, rej} or samples {prompt, completion}
                        cfg:LoRAConfig=LoRAConfig(), # which layers; any adapter's cfg will do
@@ -144,7 +146,7 @@ def capture_statistics(model:nn.Module, tok:PreTrainedTokenizerBase,
                        batch_size:int=8, # sequences a forward
                        after:Sequence[Adapter]=(), # unextracted rounds whose directions are taken, as the adapter will have it
                       ) -> dict[str, dict[str, ProjectionStats]|ProjectionStats]: # {name: {"cho": …, "rej": …}}, or {name: …}
-    "Statistics of each layer's inputs along its singular directions, in one pass, however many tokens. Errors as for activations."
+    "Statistics of each layer's inputs along its singular directions, in one pass, at any length. Errors as for activations."
     limit, layers, sides = wanted(max_tokens), find_targets(model, cfg), sides_of(records)
     check_after(model, after)
     frames = {name: (S.cpu(), Vh.cpu() if offloading(layers[name]) else Vh) for name, (_, S, Vh) in directions(layers, after)}

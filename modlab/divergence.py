@@ -40,16 +40,17 @@ def token_nll(logits:Float[Tensor, "n v"],
     "`-log p(token)` of each token, in float32 at least."
     return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="none")
 
-# %% ../nbs/14_divergence.ipynb #d7001b7f
+# %% ../nbs/14_divergence.ipynb #c7ffb7ec
 def aggregate(kl:Float[Tensor, "*batch"], # nats, one a token
               how:str="mean", # mean, rmse, p95 or max
              ) -> Float[Tensor, ""]: # nats
-    "One number for all tokens. `rmse` is `√(mean kl² + 1e-8)`: a root has no gradient at 0. `ValueError`: unknown `how`, no token."
+    "One number for all tokens. `rmse` is `√(mean kl² + 1e-8)`: a root has no gradient at 0. `ValueError`: unknown, no token."
     if how not in AGGREGATES: raise ValueError(f"unknown aggregate {how!r}; give one of {', '.join(AGGREGATES)}")
     if not kl.numel(): raise ValueError("no tokens to aggregate over")
     return AGGREGATES[how](kl.flatten())
 
-AGGREGATES = dict(mean=torch.mean, rmse=lambda kl: (kl.square().mean() + 1e-8).sqrt(), p95=lambda kl: kl.quantile(0.95), max=torch.max)
+AGGREGATES = dict(mean=torch.mean, rmse=lambda kl: (kl.square().mean() + 1e-8).sqrt(), p95=lambda kl: kl.quantile(0.95),
+                  max=torch.max)
 
 # %% ../nbs/14_divergence.ipynb #c474f085
 def barrier(kl:Float[Tensor, ""], # aggregated, nats

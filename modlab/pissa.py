@@ -48,14 +48,15 @@ class PiSSAConfig(LoRAConfig):
                              "(0.0, 0.0) starts as a no-op")
         object.__setattr__(self, "init", (float(mean), float(std)))
 
-# %% ../nbs/11_pissa.ipynb #ed104f0c
+# %% ../nbs/11_pissa.ipynb #af8c36a9
 def check_extractable(model:nn.Module, layers:Mapping[str, nn.Module]) -> None:
     "`ValueError` naming the first layer whose weight cannot be replaced, with the way out."
     shared = shared_weights(model)
     for name, layer in layers.items():
         tied = "is tied to another module" if id(getattr(layer, "weight", None)) in shared else ""
         if why := why_fixed(layer) or tied or ("is inside a baked block" if folds(layer) else ""):
-            raise ValueError(f"{name} ({type(layer).__name__}) {why}: nothing can be extracted from its weight; pass extract=False")
+            raise ValueError(f"{name} ({type(layer).__name__}) {why}: nothing can be extracted from its weight; "
+                             "pass extract=False")
 
 # %% ../nbs/11_pissa.ipynb #b9a23491
 def extract(adapter:"ModulatedPiSSA") -> None:
@@ -67,10 +68,10 @@ def extract(adapter:"ModulatedPiSSA") -> None:
         for layer in adapter.layers.values(): put_back(layer, adapter.id)
         raise
 
-# %% ../nbs/11_pissa.ipynb #4616ea9e
+# %% ../nbs/11_pissa.ipynb #196f4c0e
 Reads = Tensor | ProjectionStats # what a layer read: rows (n, i), or their statistics along its directions
 
-def sides_in(X:Reads|Mapping[str, Reads]) -> list[Reads]: return list(X.values()) if isinstance(X, Mapping) else [X]
+def sides_in(X:object) -> list: return list(X.values()) if isinstance(X, Mapping) else [X]
 
 def remedy(X:Mapping|None) -> str:
     "How to get calibration data of the kind that was given."
@@ -86,8 +87,8 @@ def projections(name:str, X:Reads|Mapping[str, Reads], S:Float[Tensor, "k"], Vh:
     if why := flaw(X, len(S), S): raise ValueError(f"{name}: {why} (and the same after=); {remedy({name: X})}")
     return X
 
-# %% ../nbs/11_pissa.ipynb #0eb9939f
-def check_side(name:str, layer:nn.Module, X:Reads, how:str) -> None:
+# %% ../nbs/11_pissa.ipynb #cda12626
+def check_side(name:str, layer:nn.Module, X:object, how:str) -> None:
     "`ValueError` unless these are inputs of this layer, or sound statistics along as many directions as it has."
     o, i = layer_shape(layer)
     if isinstance(X, ProjectionStats):
@@ -110,7 +111,8 @@ def check_calibration(layers:Mapping[str, nn.Module], mode:Score, X:Mapping|None
         sides = set(X[name]) if isinstance(X[name], Mapping) else None
         if sides != {"cho", "rej"} and (sides is not None or mode == "cho_rej_min_std"):
             raise ValueError(f"{name}: selection_score={mode!r} needs both answers, {{'cho': …, 'rej': …}}, got "
-                             f"{type(X[name]).__name__ if sides is None else sorted(sides)}; {how} with pairs {{prompt, cho, rej}}")
+                             f"{type(X[name]).__name__ if sides is None else sorted(sides)}; {how} with pairs "
+                             "{prompt, cho, rej}")
         for side in sides_in(X[name]): check_side(name, layer, side, how)
 
 # %% ../nbs/11_pissa.ipynb #829a81f1

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .svd import float64
 
-# %% ../nbs/09_selection.ipynb #eee64753
+# %% ../nbs/09_selection.ipynb #3e411160
 SAME = 1e-6 # of the largest: the singular values of one weight, computed anywhere, agree to this
 
-def same_spectrum(a: Float[Tensor, "k"]|None, b: Float[Tensor, "m"]|None) -> bool:
+def same_spectrum(a: Float[Tensor, "k"]|None, b: Float[Tensor, "n"]|None) -> bool:
     "Can these be the singular values of one weight? Unknown ones can."
     if a is None or b is None: return True
     return a.shape == b.shape and bool(((a.cpu() - b.cpu()).abs() <= SAME * a.cpu().max()).all())

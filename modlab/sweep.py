@@ -63,7 +63,7 @@ def at_doses(adapter:Adapter, readout:Readout, batch:Batch, cs:Sequence[float]) 
         adapter.set_coeff(c)
         yield readout.states(batch)
 
-# %% ../nbs/16_sweep.ipynb #7511ece0
+# %% ../nbs/16_sweep.ipynb #2d34d303
 def check_doses(cs:Sequence[float]) -> list[float]:
     "`ValueError` unless there are finite numbers."
     cs = [float(c) for c in cs]
@@ -73,7 +73,8 @@ def check_doses(cs:Sequence[float]) -> list[float]:
 def summary(tokens:Float[Tensor, "3 n"]) -> dict[str, float]:
     "One row of the curve: every aggregate of both divergences, and the mean NLL."
     by = dict(zip(KEYS, tokens.double()))
-    return {f"{key}_{how}": aggregate(by[key], how).item() for key in KEYS[:2] for how in AGGREGATES} | dict(nll=by["nll"].mean().item())
+    row = {f"{key}_{how}": aggregate(by[key], how).item() for key in KEYS[:2] for how in AGGREGATES}
+    return row | dict(nll=by["nll"].mean().item())
 
 def rejected_nll(adapter:Adapter, readout:Readout, text:Sequence[Batch], cs:Sequence[float]) -> list[float]:
     "Mean NLL of the rejected answers at each dose."
@@ -83,7 +84,7 @@ def rejected_nll(adapter:Adapter, readout:Readout, text:Sequence[Batch], cs:Sequ
         total += torch.stack(nll).cpu()
     return (total / count).tolist()
 
-# %% ../nbs/16_sweep.ipynb #9518e8b5
+# %% ../nbs/16_sweep.ipynb #37c83119
 @torch.no_grad()
 def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # detached
              records:Sequence[dict], # pairs {prompt, cho, rej} or samples {prompt, completion}
@@ -91,8 +92,8 @@ def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # de
              batch_size:int=8, # sequences a forward
              max_len:int=512, # tokens
             ) -> pd.DataFrame:
-    """One row per dose: c; mean, rmse, p95, max over tokens of KL(c‖0) (`kl_rev_…`) and KL(0‖c) (`kl_fwd_…`), in nats, on the chosen
-    answers or completions; their nll; for pairs also nll_rej and margin = nll_rej − nll; n_tokens."""
+    """One row per dose: c; mean, rmse, p95, max over tokens of KL(c‖0) (`kl_rev_…`) and KL(0‖c) (`kl_fwd_…`), in nats, on the
+    chosen answers or completions; their nll; for pairs also nll_rej and margin = nll_rej − nll; n_tokens."""
     cs, sides = check_doses(cs), sides_of(records)
     text, other = (text_batches(tok, records, side, batch_size, max_len) for side in (sides[0], sides[-1]))
     with adapter(model, 0.0):
@@ -157,7 +158,7 @@ def check_budget(target_kl:float, stat:str, sign:int, bracket:Sequence, tol:floa
     if not 0 <= bracket[0] < bracket[1] < math.inf: raise ValueError(f"bracket must be 0 <= lo < hi, got {bracket}; it is of |c|")
     if not 0 < tol < 1: raise ValueError(f"tol must be a share of the budget between 0 and 1, got {tol}")
 
-# %% ../nbs/16_sweep.ipynb #153d7b1b
+# %% ../nbs/16_sweep.ipynb #231e05ac
 ENOUGH = 1500 # answer tokens a side, below which a 95th percentile is a guess
 
 class Measured:
@@ -170,20 +171,21 @@ class Measured:
     def tokens(self, c:float) -> Float[Tensor, "n"]:
         "KL(c‖0) of every answer token, in nats."
         self.forwards += len(self.text)
-        return torch.cat([compared(self.readout, r, list(at_doses(self.adapter, self.readout, r.batch, [c])))[0, 0] for r in self.text])
+        states = lambda r: list(at_doses(self.adapter, self.readout, r.batch, [c]))
+        return torch.cat([compared(self.readout, r, states(r))[0, 0] for r in self.text])
 
     def value(self, c:float, stat:str) -> float:
         value = aggregate(self.tokens(c).double(), stat).item()
         return value if math.isfinite(value) else math.inf  # a dose that destroys the model is beyond every budget
 
-# %% ../nbs/16_sweep.ipynb #c283256f
+# %% ../nbs/16_sweep.ipynb #e1522d49
 def out_of_reach(target_kl:float, stat:str, bracket:Sequence, largest:float, forwards:int, sizes:tuple[int, int]) -> Calibration:
     "A calibration that found nothing, and says so."
-    logger.warning("calibrate_c: no |c| in %s has a %s KL of %g nats (at most %.3g found); widen the bracket", bracket, stat, target_kl,
-                   largest)
+    logger.warning("calibrate_c: no |c| in %s has a %s KL of %g nats (at most %.3g found); widen the bracket", bracket, stat,
+                   target_kl, largest)
     return Calibration(math.nan, False, math.nan, math.nan, forwards, (math.nan, math.nan), target_kl, stat, sizes)
 
-# %% ../nbs/16_sweep.ipynb #ee2ac24d
+# %% ../nbs/16_sweep.ipynb #c013ee92
 @torch.no_grad()
 def calibrate_c(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # detached
                 records:Sequence[dict], # pairs (the chosen answers count) or samples
@@ -195,7 +197,7 @@ def calibrate_c(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, #
                 tol:float=0.05, # share of the budget
                 batch_size:int=8, max_len:int=512, # sequences a forward, tokens
                ) -> Calibration:
-    "The dose at which KL(c‖0) meets a budget. Out of reach in the bracket: `reached` is False and `c` NaN. `ValueError`: bad arguments."
+    "The dose whose KL(c‖0) meets a budget. Out of reach in the bracket: `reached` False, `c` NaN. `ValueError`: bad arguments."
     check_budget(target_kl, stat, sign, bracket, tol)
     parts = split_records(records, held_out)
     text = [text_batches(tok, part, sides_of(part)[0], batch_size, max_len) for part in parts]
@@ -203,7 +205,7 @@ def calibrate_c(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, #
         readout = Readout(model, text[0][0], [adapter])
         fit, check = (Measured(adapter, readout, t) for t in text)
         sizes = len(fit.record), len(check.record)
-        if min(sizes) < ENOUGH: logger.warning("calibrate_c: %d and %d answer tokens; %d a side make a p95 steady", *sizes, ENOUGH)
+        if min(sizes) < ENOUGH: logger.warning("calibrate_c: %d and %d answer tokens; %d a side steady a p95", *sizes, ENOUGH)
         size, kl = crossing(lambda c: fit.value(sign * c, stat), target_kl, *map(float, bracket), tol)
         if math.isnan(size): return out_of_reach(target_kl, stat, bracket, kl, fit.forwards + check.forwards, sizes)
         seen = check.tokens(sign * size).double()

@@ -41,12 +41,13 @@ def is_quantised(layer:nn.Module) -> bool:
     w = getattr(layer, "weight", None)
     return not isinstance(w, Tensor) or not w.is_floating_point() or w.dtype.itemsize < 2 or type(w.data) is not Tensor
 
-# %% ../nbs/01_weights.ipynb #025986a2
+# %% ../nbs/01_weights.ipynb #382da596
 def dequantised(layer:nn.Module) -> Float[Tensor, "o i"]:
     "The weight of a quantised layer in float32; `ValueError` for a format that offers no way."
     w = getattr(layer, "weight", None)
     if type(layer).__module__.startswith("bitsandbytes"):
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+        check_unpacked(f"a {type(layer).__name__}", layer)
         return dequantize_bnb_weight(w, state=getattr(layer, "state", None)).to(torch.float32)
     for holder in (w, layer):
         if hasattr(holder, "dequantize"): return holder.dequantize().to(torch.float32)
@@ -55,6 +56,21 @@ def dequantised(layer:nn.Module) -> Float[Tensor, "o i"]:
 def oriented(layer:nn.Module, t:Tensor) -> Tensor:
     "From `(o, i)` to how the layer stores it, and back: a `Conv1D` stores the transpose."
     return t.T if isinstance(layer, Conv1D) else t
+
+# %% ../nbs/01_weights.ipynb #1b4756a3
+def repacked(layer:nn.Module) -> bool: return getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
+
+def check_unpacked(name:str, layer:nn.Module) -> None:
+    "`RuntimeError` for a 4-bit layer whose weight has been repacked in place."
+    if not repacked(layer): return
+    raise RuntimeError(f"{name} was repacked by a forward without gradients: its gradients are wrong now and its weight cannot "
+                       "be read; load the model anew and build the adapter before the first forward")
+
+def guard_4bit(model:nn.Module) -> None:
+    "Turn off the repacking of 4-bit layers on a CPU. `RuntimeError` where it has happened; nothing has changed then."
+    four_bit = {name: m for name, m in model.named_modules() if hasattr(m, "support_avx512bf16_for_cpu")}
+    for name, layer in four_bit.items(): check_unpacked(name, layer)
+    for layer in four_bit.values(): layer.support_avx512bf16_for_cpu = False
 
 # %% ../nbs/01_weights.ipynb #80426d5e
 def offloading(layer:nn.Module) -> ModelHook|None:

@@ -119,7 +119,8 @@ def hooks(model):
 
 def state(model):
     "Everything that an adapter must not change behind one's back: values, the very storage, hooks, what trains, extractions."
-    return dict(values={n: p.detach().clone() for n, p in model.named_parameters()},
+    plain = lambda p: p.detach().clone() if type(p.data) is torch.Tensor else p.detach().dequantize()
+    return dict(values={n: plain(p) for n, p in model.named_parameters()},
                 storage={n: p.data_ptr() for n, p in model.named_parameters()},
                 trains={n: p.requires_grad for n, p in model.named_parameters()}, hooks=hooks(model),
                 rounds={n: ids for n, m in model.named_modules() if (ids := [r.id for r in getattr(m, "_modlab_rounds", ())])})

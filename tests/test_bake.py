@@ -106,14 +106,14 @@ def test_gates():
     a, base = adapter_of("lora", model), logits(model, ids)
     with a(model, 1.0): wanted = logits(model, ids)
     with HistoryBake(model, [(a, 1.0)]) as bake:
-        for gate, rows in ((lambda: False, (0, 0, 0)), (lambda: True, (1, 1, 1)), (lambda: torch.tensor([True, False, True]), (1, 0, 1)),
-                           (lambda: torch.tensor(False), (0, 0, 0))):
+        for gate, rows in ((lambda: False, (0, 0, 0)), (lambda: True, (1, 1, 1)),
+                           (lambda: torch.tensor([True, False, True]), (1, 0, 1)), (lambda: torch.tensor(False), (0, 0, 0))):
             bake.set_gate(gate)
             y = logits(model, ids)
             assert all(torch.equal(y[n], (wanted if on else base)[n]) for n, on in enumerate(rows))
         def fail(): raise KeyError("no answer")
-        for bad, error in ((fail, KeyError), (lambda: None, ValueError), (lambda: 1.0, ValueError), (lambda: torch.ones(3), ValueError),
-                           (lambda: torch.tensor([True, False]), ValueError)):
+        for bad, error in ((fail, KeyError), (lambda: None, ValueError), (lambda: 1.0, ValueError),
+                           (lambda: torch.ones(3), ValueError), (lambda: torch.tensor([True, False]), ValueError)):
             bake.set_gate(bad)
             with pytest.raises(error): logits(model, ids)
             assert bake.attached
@@ -268,7 +268,8 @@ def test_the_report_is_what_folding_loses(dtype):
     a, p = adapter_of("lora", model, r=3), adapter_of("pissa-extracted", model, r=4)
     history = [(a, 0.3), (p, -0.2)]
     before, table = state(model), bake_report(model, history).set_index("name")
-    assert not changes(before, model) and list(table.index) == list(a.layers) and (table.how == "fold").all() and (table["rank"] == 7).all()
+    assert not changes(before, model) and list(table.index) == list(a.layers)
+    assert (table.how == "fold").all() and (table["rank"] == 7).all()
     weights = {n: dense_weight(m).double().clone() for n, m in a.layers.items()}
     with baked(model, history):
         for name, layer in a.layers.items():

@@ -4,7 +4,17 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from models import adapter_of, build, gap, hooks, logits, tokens
 
-from modlab import HistoryBake, ModulatedPiSSA, bake_, bake_report, baked, capture_activations, load_adapter, target_table, tiny_model
+from modlab import (
+    HistoryBake,
+    ModulatedPiSSA,
+    bake_,
+    bake_report,
+    baked,
+    capture_activations,
+    load_adapter,
+    target_table,
+    tiny_model,
+)
 from modlab.weights import dense_weight, device_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +63,8 @@ def test_histories(place, tmp_path):
     with baked(away, two): assert gap(logits(away, ids), wanted) < 2**-15
     assert torch.equal(logits(away, ids), base) and where == [p.device for p in away.parameters()]
     how = bake_report(away, two).set_index("name").how
-    assert (how == "hook").sum() == (28 if place == "all in memory" else 7) and bake_report(away, two).error.fillna(0).max() < 2**-15
+    assert (how == "hook").sum() == (28 if place == "all in memory" else 7)
+    assert bake_report(away, two).error.fillna(0).max() < 2**-15
     with pytest.raises(ValueError, match="is offloaded"): bake_(away, two)
     with pytest.raises(ValueError, match="is offloaded.*extract=False"): ModulatedPiSSA(away, r=4, selection_score="s_only")
     assert torch.equal(logits(away, ids), base)
@@ -63,6 +74,7 @@ def test_histories(place, tmp_path):
 def test_tables_and_captures(place, tmp_path):
     here, tok = tiny_model()
     away, records = spread(place, tmp_path), [dict(prompt="a prompt", cho="chosen words", rej="rejected ones")]
-    assert target_table(away)[["name", "shape", "dtype", "selected"]].equals(target_table(here)[["name", "shape", "dtype", "selected"]])
+    columns = ["name", "shape", "dtype", "selected"]
+    assert target_table(away)[columns].equals(target_table(here)[columns])
     X, Y = (capture_activations(m, tok, records) for m in (here, away))
     assert all(torch.equal(X[n][side], Y[n][side]) for n in X for side in ("cho", "rej"))

@@ -6,7 +6,19 @@ import torch
 from models import adapter_of, build, changes, state
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
-from modlab import AGGREGATES, ModulatedLoRA, aggregate, calibrate_c, collate, encode_records, kl_curve, kl_fwd, kl_rev, tiny_model, token_nll
+from modlab import (
+    AGGREGATES,
+    ModulatedLoRA,
+    aggregate,
+    calibrate_c,
+    collate,
+    encode_records,
+    kl_curve,
+    kl_fwd,
+    kl_rev,
+    tiny_model,
+    token_nll,
+)
 from modlab.sweep import crossing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,8 +59,8 @@ def test_the_curve_is_what_full_logits_give(kind, batch_size, monkeypatch):
     assert (curve.iloc[[0, 2]].kl_rev_mean > 1e-3).all(), "the doses do something"
 
 
-SMALL = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-             initializer_range=0.2)
+SMALL = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+             num_key_value_heads=1, head_dim=16, initializer_range=0.2)
 
 
 @pytest.mark.parametrize("cfg", [Gemma2Config(**SMALL, final_logit_softcapping=0.5), GraniteConfig(**SMALL, logits_scaling=7.0),
@@ -114,8 +126,9 @@ def test_a_dose_that_destroys_the_model_is_beyond_every_budget():
     assert abs(value - 0.25) <= 0.0025 and abs(c - 0.5) < 0.01
 
 
-@pytest.mark.parametrize("bad, match", [(dict(target_kl=-1.0), "positive"), (dict(target_kl=float("nan")), "positive"), (dict(stat="p50"), "p95"),
-                                        (dict(sign=2), "sign"), (dict(bracket=(3, 1)), "bracket"), (dict(tol=0.0), "tol"),
+@pytest.mark.parametrize("bad, match", [(dict(target_kl=-1.0), "positive"), (dict(target_kl=float("nan")), "positive"),
+                                        (dict(stat="p50"), "p95"), (dict(sign=2), "sign"), (dict(bracket=(3, 1)), "bracket"),
+                                        (dict(tol=0.0), "tol"),
                                         (dict(records=[]), "cannot be split"), (dict(records=SAMPLES[:1]), "split")])
 def test_bad_arguments(bad, match):
     model, tok = tiny_model()
