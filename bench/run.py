@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from peft import LoraConfig, get_peft_model
 
-from modlab import LoRAConfig, ModulatedLoRA, ModulatedPiSSA, find_targets, load_model, thin_svds
+from modlab import LoRAConfig, ModulatedLoRA, ModulatedPiSSA, baked, find_targets, load_model, thin_svds
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -66,7 +66,17 @@ def forward_rows(model, ids) -> list[dict]:
     return [row("forward, LoRA r = 32", "PEFT", under(lora, 1.0), lambda: small(ids)),
             row("forward, LoRA r = 32, a dose a row", "PEFT, one dose", under(lora, torch.ones(4)), lambda: small(ids)),
             row("forward, LoRA r = 32 at c = 0", "bare model", under(lora, 0.0), lambda: model(ids)),
-            row("forward, PiSSA r = 256", "PEFT r = 256", under(pissa, 1.0), lambda: large(ids))]
+            row("forward, PiSSA r = 256", "PEFT r = 256", under(pissa, 1.0), lambda: large(ids)),
+            row("fold and unfold, r = 256", "PEFT merge, unmerge", lambda: folded(model, pissa), lambda: merged(large))]
+
+
+def folded(model, adapter):
+    with baked(model, [(adapter, 1.0)]): pass
+
+
+def merged(model):
+    model.merge_adapter()
+    model.unmerge_adapter()
 
 
 def main() -> None:

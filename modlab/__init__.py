@@ -12,7 +12,9 @@ from .lora import ModulatedLoRA
 from .lowrank import LowRank, fold, stack
 from .models import cache_dir, load_model, load_pairs, tiny_model
 from .pissa import ModulatedPiSSA, PiSSAConfig, selection_table, spectrum_table
-from .plots import SCORE_COLOURS, plot_overlap, plot_selection, plot_tail_depth
+from .plots import (
+    SCORE_COLOURS, STAT_COLOURS, plot_gradient_cosine, plot_kl_vs_c, plot_nll, plot_overlap, plot_selection, plot_tail_depth,
+)
 from .readout import Readout, answer_ids, answer_rows
 from .selection import ProjectionStats, SCORES, chance_overlap, choose, overlap, project, selection_scores, tail_depth
 from .svd import thin_svd, thin_svds
