@@ -275,6 +275,7 @@ def test_refused_as_peft_writes_it(tmp_path, arch, kw, match):
 def test_another_model(folder):
     for arch, n in (("gpt2", 4), ("qwen3", 2)):
         refused(folder, rf"{n} of the 4 layers.*no linear layers of this \w+ \(model.layers..", model=build(arch))
+    refused(folder, r"4 of the 4 layers.*unload\(\)", model=PeftModel.from_pretrained(build(), folder))
     model = build()
     for block in model.model.layers[1:3]: block.self_attn.q_proj = nn.Linear(64, 48)
     shapes = r"\(model.layers.1.self_attn.q_proj is \(48, 64\), A \(4, 64\), B \(64, 4\)"
