@@ -110,8 +110,7 @@ def test_a_function_scores_streamed_statistics_too():
     assert [of["rej"] for of in seen] == [of["rej"] for of in streams.values()], "the very objects"
 
 
-@pytest.mark.parametrize("max_tokens", [2, 7, 40, 41, 10_000, None])
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("max_tokens, batch_size", [(2, 3), (7, 1), (40, 8), (41, 1), (60, 3), (10_000, 3), (None, 8)])
 def test_a_limit_means_the_same_on_both_routes(max_tokens, batch_size):
     model, cfg = build(), LoRAConfig(targets=r"1\..*(q|down)_proj")
     X = capture_activations(model, TOK, PAIRS, cfg, max_tokens=max_tokens, batch_size=batch_size)
@@ -161,20 +160,19 @@ def test_nothing_of_a_token_is_kept(monkeypatch):
 # --- rounds
 
 @pytest.mark.parametrize("extract", [True, False])
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_second_round_is_scored_on_its_own_directions(extract, mode, dtype):
+def test_a_second_round_is_scored_on_its_own_directions(extract, dtype):
     model = build(dtype=dtype)
     first = adapter_of("pissa-extracted" if extract else "pissa-unextracted", model)
     after = [] if extract else [first]
     with first(model, 0.0):
         X, streams = capture_activations(model, TOK, PAIRS), capture_statistics(model, TOK, PAIRS, after=after)
-    assert chosen(model, X, mode, after=after) == chosen(model, streams, mode, after=after)
+    for mode in MODES: assert chosen(model, X, mode, after=after) == chosen(model, streams, mode, after=after)
 
 
 @pytest.mark.parametrize("how", ["taken before the extraction", "taken before the restoration", "without after", "with after",
                                  "another model"])
-@pytest.mark.parametrize("mode", [*MODES, lambda S, stats: stats["cho"].std])
+@pytest.mark.parametrize("mode", ["cho_rej_min_std", lambda S, stats: stats["cho"].std])
 def test_statistics_of_other_directions_are_refused(how, mode, before_any_round):
     model, streams, after = build(), before_any_round, []
     if how == "taken before the extraction": adapter_of("pissa-extracted", model)
@@ -238,6 +236,9 @@ def test_offloaded_weights(arch, place, tmp_path):
 
 # --- what is refused
 
+def never(weights): raise AssertionError("decomposed")
+
+
 def spoilt(streams, how):
     "Streamed statistics with something wrong in block 2's down projection."
     at = "model.layers.2.mlp.down_proj"
@@ -262,8 +263,9 @@ BAD = {"missing layer": r"1 of 28 layers.*down_proj", "missing side": r"\['cho'\
 
 @pytest.mark.parametrize("mode", [*MODES, lambda S, stats: stats["cho"].std])
 @pytest.mark.parametrize("how", BAD)
-def test_bad_statistics(how, mode, before_any_round):
+def test_bad_statistics(how, mode, before_any_round, monkeypatch):
     model = build().requires_grad_(False)
+    monkeypatch.setattr(calibration, "thin_svds", never)
     streams, before = spoilt(before_any_round, how), state(model)
     with pytest.raises(ValueError, match=rf"model\.layers\.2\.mlp\.down_proj.*{BAD[how]}|{BAD[how]}") as e:
         ModulatedPiSSA(model, r=4, selection_score=mode, calibration_activations=streams)
@@ -283,7 +285,6 @@ def test_no_layers_at_all():
     (PAIRS, dict(cfg=LoRAConfig(targets="nothing")), "nothing"),
 ])
 def test_bad_calls_are_refused_before_anything_is_decomposed(records, kw, says, monkeypatch):
-    def never(weights): raise AssertionError("decomposed")
     monkeypatch.setattr(calibration, "thin_svds", never)
     with pytest.raises(ValueError, match=says): capture_statistics(build(), TOK, records, **kw)
 
@@ -361,18 +362,18 @@ def stats_of(n, m, d):
 @pytest.mark.parametrize("mean", [0, 1000, -(10**7)])
 @pytest.mark.parametrize("order", ["as it comes", "large last", "in pairs"])
 def test_a_running_mean_over_a_hundred_million_tokens(mean, order):
-    "A few vast parts and thousands of small ones, the mean up to millions of deviations from zero; against fractions."
+    "A few vast parts and many small ones, the mean up to millions of deviations from zero; against fractions."
     g = seeded(0)
     draw = lambda low, high: int(torch.randint(low, high, (), generator=g))
-    parts = [(33_000_000, mean + 1, 2), (33_000_000, mean - 2, 1), (30_000_000, mean, 3)]
-    parts += [(2 * draw(1, 1000), mean + draw(-3, 4), draw(0, 4)) for _ in range(4000)]
+    parts = [(35_000_000, mean + 1, 2), (34_000_000, mean - 2, 1), (30_000_000, mean, 3)]
+    parts += [(2 * draw(1, 1000), mean + draw(-3, 4), draw(0, 4)) for _ in range(1500)]
     queue = [stats_of(*p) for p in (parts[::-1] if order == "large last" else parts)]
     if order == "in pairs":
         while len(queue) > 1: queue = [a.merge(b) for a, b in zip(queue[::2], queue[1::2])] + queue[len(queue) // 2 * 2:]
     total = queue[0]
     for part in queue[1:]: total = total.merge(part)
     count, want, m2, magnitude = exactly(parts)
-    assert total.count == count and 0.99e8 < count < 1.02e8
+    assert total.count == count and 1e8 < count < 1.02e8
     assert abs(total.mean.item() - want) <= 1e-13 * abs(want) + 1e-13
     assert abs(total.mean_abs.item() - magnitude) <= 1e-13 * magnitude
     assert abs(total.m2.item() - m2) < 1e-8 * m2
