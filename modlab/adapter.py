@@ -71,16 +71,24 @@ def check_rows(name:str, x:Tensor, n:int, rows:tuple[int, int]|None) -> None:
         raise ValueError(f"{name} sees {tuple(x.shape)}, from which the {b} rows of {s} tokens cannot be told apart (routed "
                          "experts do this); use one float c, or exclude this layer")
 
-# %% ../nbs/06_adapter.ipynb #9a3aedef
+# %% ../nbs/06_adapter.ipynb #79f96a4e
 def layer_input(args:tuple, kwargs:Mapping) -> Tensor:
     "The input of a linear layer, passed by position or under whatever name the layer gives it."
     return args[0] if args else next(iter(kwargs.values()))
+
+def check_gradient(name:str, layer:nn.Module, x:Tensor, y:Tensor) -> None:
+    "`RuntimeError` for a layer that cuts the gradient to what comes before it."
+    if not (torch.is_grad_enabled() and x.requires_grad) or y.requires_grad: return
+    kind = f"{type(layer).__name__} with a {type(getattr(layer, 'weight', None)).__name__}"
+    raise RuntimeError(f"{name} ({kind}) passes no gradient to its input, and what lies before it would learn from the rest "
+                       "alone; use weight-only quantisation, or torch.no_grad() to run it")
 
 def low_rank_hook(adapter:"Hooked", name:str, layer:nn.Module, args:tuple, kwargs:dict, y:Tensor) -> Tensor:
     "The forward hook of one layer: `y + factors(name, c)(x)`, or `y` itself where that is certain to be nothing."
     c = adapter.c
     if isinstance(c, float) and c == 0.0 and not adapter.has_offset: return y
     x, m = layer_input(args, kwargs), adapter.factors(name, c)
+    check_gradient(name, layer, x, y)
     if isinstance(c, Tensor): check_rows(name, x, len(c), adapter.rows)
     return y + m(x.to(m.down.dtype)).to(y.dtype)
 

@@ -121,13 +121,19 @@ def verdicts(model:nn.Module, cfg:LoRAConfig) -> dict[str, str]: # full name -> 
                          "leave it at (0.0, 1.0)")
     return {name: why_not(name, layer, cfg, stacks, head) for name, layer in linear_layers(model).items()}
 
-# %% ../nbs/02_targets.ipynb #809fc8f9
+# %% ../nbs/02_targets.ipynb #478c6b5b
 def fused_parameters(model:nn.Module, cfg:LoRAConfig) -> int: # number of parameters
     "How much sits in fused tensors, `(experts, …, …)` or under the name of experts, that the patterns ask for."
     fused = [(f"{name}.{key}", p) for name, m in model.named_modules() if not (isinstance(m, _ConvNd) or is_linear(m))
              for key, p in m.named_parameters(recurse=False) if p.ndim == 3 and p.shape[0] > 1 or "experts" in f"{name}.{key}"]
     asked = lambda name: "all-linear" in cfg.targets or first_match(cfg.targets, name)
     return sum(p.numel() for name, p in fused if asked(name) and not first_match(cfg.exclude, name))
+
+def unreached(model:nn.Module, cfg:LoRAConfig) -> Counter: # class -> how many
+    "Modules called linear, with weights of their own, that `is_linear` cannot tell the width of (EETQ's, for one)."
+    asked = lambda name: ("all-linear" in cfg.targets or first_match(cfg.targets, name)) and not first_match(cfg.exclude, name)
+    return Counter(type(m).__name__ for name, m in model.named_modules() if type(m).__name__.endswith("Linear") and asked(name)
+                   and not hasattr(m, "in_features") and isinstance(getattr(m, "weight", None), Tensor))
 
 def check_found(cfg:LoRAConfig, reasons:dict[str, str], model:nn.Module) -> None:
     "Refuse a selection that is empty, or a pattern that matches no linear layer."
@@ -139,7 +145,7 @@ def check_found(cfg:LoRAConfig, reasons:dict[str, str], model:nn.Module) -> None
     if idle: raise ValueError(f"these patterns match no linear layer: {idle} (of {said}); "
                               "target_table(model, cfg) has the names")
 
-# %% ../nbs/02_targets.ipynb #f4e419ee
+# %% ../nbs/02_targets.ipynb #10cdd684
 def find_targets(model:nn.Module, # any torch module; a Hugging Face model has its output embedding left out
                  cfg:LoRAConfig=LoRAConfig(),
                 ) -> dict[str, nn.Module]: # full name -> layer, in model order
@@ -147,6 +153,9 @@ def find_targets(model:nn.Module, # any torch module; a Hugging Face model has i
     reasons = verdicts(model, cfg)
     if fused := fused_parameters(model, cfg):
         warnings.warn(f"{fused:,} parameters in fused expert tensors are no linear layers and are not reached", stacklevel=2)
+    if unknown := unreached(model, cfg):
+        warnings.warn(f"{dict(unknown)} look like linear layers but do not tell their width (in_features), and are not reached",
+                      stacklevel=2)
     check_found(cfg, reasons, model)
     return {name: model.get_submodule(name) for name, reason in reasons.items() if not reason}
 

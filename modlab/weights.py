@@ -35,30 +35,34 @@ def layer_shape(layer:nn.Module) -> tuple[int, int]: # (o, i)
     if isinstance(layer, Conv1D): return layer.weight.shape[1], layer.weight.shape[0]
     return layer.out_features, layer.in_features
 
-# %% ../nbs/01_weights.ipynb #23e469ec
+# %% ../nbs/01_weights.ipynb #7fb72a74
 def is_quantised(layer:nn.Module) -> bool:
-    "Is the weight something other than a plain tensor of 16-bit floats or wider?"
+    "Is the weight something other than a plain parameter of 16-bit floats or wider?"
     w = getattr(layer, "weight", None)
-    return not isinstance(w, Tensor) or not w.is_floating_point() or w.dtype.itemsize < 2 or type(w.data) is not Tensor
+    return type(w) not in (nn.Parameter, Tensor) or not w.is_floating_point() or w.dtype.itemsize < 2
 
-# %% ../nbs/01_weights.ipynb #382da596
+# %% ../nbs/01_weights.ipynb #d68a20de
 def dequantised(layer:nn.Module) -> Float[Tensor, "o i"]:
     "The weight of a quantised layer in float32; `ValueError` for a format that offers no way."
     w = getattr(layer, "weight", None)
-    if type(layer).__module__.startswith("bitsandbytes"):
+    if type(w).__module__.startswith("bitsandbytes"):
+        if w.is_floating_point(): return w.data.to(torch.float32)  # quantised in every forward
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
         check_unpacked(f"a {type(layer).__name__}", layer)
         return dequantize_bnb_weight(w, state=getattr(layer, "state", None)).to(torch.float32)
-    for holder in (w, layer):
-        if hasattr(holder, "dequantize"): return holder.dequantize().to(torch.float32)
-    raise ValueError(f"cannot read the weight of a {type(layer).__module__}.{type(layer).__name__}: it has no dequantize()")
+    # the method that every tensor inherits knows of no scales: it would hand out the bare codes
+    holder = w if getattr(type(w), "dequantize", Tensor.dequantize) is not Tensor.dequantize else layer
+    if hasattr(holder, "dequantize"): return holder.dequantize().to(torch.float32)
+    raise ValueError(f"cannot read the weight of a {type(layer).__module__}.{type(layer).__name__}: it has no dequantize(); load "
+                     "the model in a float dtype, with bitsandbytes or torchao, or leave such layers out with exclude")
 
 def oriented(layer:nn.Module, t:Tensor) -> Tensor:
     "From `(o, i)` to how the layer stores it, and back: a `Conv1D` stores the transpose."
     return t.T if isinstance(layer, Conv1D) else t
 
-# %% ../nbs/01_weights.ipynb #1b4756a3
-def repacked(layer:nn.Module) -> bool: return getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
+# %% ../nbs/01_weights.ipynb #8d281400
+def repacked(layer:nn.Module) -> bool: # now or ever: state_dict() undoes the layout, not the rounding of the scales
+    return hasattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu")
 
 def check_unpacked(name:str, layer:nn.Module) -> None:
     "`RuntimeError` for a 4-bit layer whose weight has been repacked in place."

@@ -8,7 +8,6 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from models import adapter_of, build, changes, gap, logits, seeded, state, tokens
-from torch import nn
 
 from modlab import (
     HistoryBake,
@@ -23,7 +22,7 @@ from modlab import (
     target_table,
     tiny_model,
 )
-from modlab.weights import dense_weight, guard_4bit, is_linear, is_quantised, layer_shape
+from modlab.weights import dense_weight, guard_4bit, is_quantised, layer_shape
 
 sys.path.append(str(Path(sys.prefix) / "quantised"))  # where `make setup` puts it, out of transformers' sight
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -197,23 +196,3 @@ def test_four_bits_are_kept_from_being_repacked():
         first(model)
         logits(model, ids)
         assert not repacked(model.model.layers[0].self_attn.q_proj)
-
-
-class QuantLinear(nn.Module):
-    "A stand-in as GPTQ, AWQ or HQQ have it: no weight, integers under other names."
-    def __init__(self, readable):
-        super().__init__()
-        self.in_features, self.out_features, self.qweight = 8, 6, nn.Buffer(torch.zeros(6, 4, dtype=torch.int32))
-        if readable: self.dequantize = lambda: torch.eye(6, 8)
-
-    def forward(self, x): return x @ torch.eye(8, 6)
-
-
-@every_kind
-def test_stand_ins_are_recognised_or_refused_by_name(kind):
-    for readable in (True, False):
-        model = nn.ModuleDict(dict(a=QuantLinear(readable), b=nn.Linear(8, 6)))
-        assert is_linear(model["a"]) and is_quantised(model["a"]) and list(find_targets(model)) == ["a", "b"]
-        if readable: assert adapter_of(kind, model, r=2).layers.keys() == {"a", "b"}
-        else:
-            with pytest.raises(ValueError, match="QuantLinear.*no dequantize"): adapter_of(kind, model, r=2)
