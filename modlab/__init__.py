@@ -6,7 +6,9 @@ from .adapter import Adapter, load_adapter
 from .bake import HistoryBake, PiSSAHistoryBake, bake_, bake_report, baked
 from .calibration import capture_activations, capture_statistics
 from .checkpoint import read_metadata
+from .contrast import ContrastConfig, ContrastRun, contrast, gradient_cosine
 from .divergence import AGGREGATES, aggregate, barrier, kl_fwd, kl_rev, token_nll
+from .heal import HealConfig, HealRun, heal
 from .interop import from_peft, to_peft
 from .lora import ModulatedLoRA
 from .lowrank import LowRank, fold, stack
@@ -21,4 +23,5 @@ from .svd import thin_svd, thin_svds
 from .sweep import Calibration, calibrate_c, kl_curve
 from .targets import LoRAConfig, block_of, block_stacks, find_targets, role_of, target_table
 from .text import Batch, batches, collate, encode, encode_records, sides_of
+from .training import NonFiniteLoss
 from .weights import dense_weight, device_of, is_linear, is_quantised, layer_shape
