@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HealConfig', 'HealRun', 'heal']
 
-# %% ../nbs/18_heal.ipynb #8643a359
+# %% ../nbs/18_heal.ipynb #e6e12e7e
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from .lora import ModulatedLoRA
 from .readout import Readout, answer_ids, answer_rows
 from .targets import LoRAConfig, linear_layers
 from .text import Batch, collate, encode, sides_of
-from .training import NonFiniteLoss, TrainConfig, check_count, digest, evaluating, train
+from .training import NonFiniteLoss, TrainConfig, check_count, digest, evaluating, processes, train
 from .weights import rounds
 
 # %% ../nbs/18_heal.ipynb #9f742e37
@@ -41,7 +41,7 @@ def check_choices(cfg:"HealConfig") -> None:
         if not 0 <= value < math.inf: raise ValueError(f"{field} must be finite and at least 0, got {value}")
     check_count("min_train", cfg.min_train, 1)
 
-# %% ../nbs/18_heal.ipynb #e89a15cc
+# %% ../nbs/18_heal.ipynb #e058dc37
 @dataclass(frozen=True, kw_only=True)
 class HealConfig(TrainConfig):
     "How `heal` trains. `ValueError` for a setting that makes no sense."
@@ -62,19 +62,20 @@ class HealConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         check_choices(self)
-        _ = self.lora  # its fields check themselves
+        self.lora  # its fields check themselves
 
     @property
     def lora(self) -> LoRAConfig: return LoRAConfig(self.r, self.alpha, self.targets, self.exclude, None, self.layer_range)
     @property
     def decay(self) -> float: return self.lam if self.reg == "wd" else self.weight_decay
 
-# %% ../nbs/18_heal.ipynb #266c2d28
+# %% ../nbs/18_heal.ipynb #80be992b
 Encoded = tuple[list[int], int] # (ids, n_prompt)
 
 def encode_sample(tok:PreTrainedTokenizerBase, sample:dict, max_len:int) -> Encoded:
     "`ValueError`: no text, or no completion token that something predicts."
-    if not isinstance(sample["completion"], str): raise ValueError(f"completion is {sample['completion']!r}, expected text")
+    for key, kinds in dict(prompt=str | list, completion=str).items():
+        if not isinstance(sample[key], kinds): raise ValueError(f"{key} is {sample[key]!r}, expected text")
     ids, n_prompt = encode(tok, sample["prompt"], sample["completion"], max_len)
     if len(ids) > max(n_prompt, 1): return ids, n_prompt
     why = f"the prompt fills max_len={max_len}; raise it or shorten the prompt" if len(ids) == max_len else "give it some text"
@@ -89,10 +90,10 @@ def encode_samples(tok:PreTrainedTokenizerBase, samples:Sequence[dict], cfg:Heal
     encoded = []
     for n, sample in enumerate(samples):
         try: encoded.append(encode_sample(tok, sample, cfg.max_len))
-        except (ValueError, TypeError) as e: raise ValueError(f"sample {n}: {e}") from e
+        except ValueError as e: raise ValueError(f"sample {n}: {e}") from e
     return encoded
 
-# %% ../nbs/18_heal.ipynb #03f49ecb
+# %% ../nbs/18_heal.ipynb #bf2ea71f
 def check_history(model:nn.Module, history:History, cfg:HealConfig) -> None:
     "`ValueError` for a history that does not go with `cfg` or the model; `RuntimeError` for a round that it lacks."
     total = doses(model, history) if len(history) else {}
@@ -102,18 +103,19 @@ def check_history(model:nn.Module, history:History, cfg:HealConfig) -> None:
     known = {a._live() for a in total}
     for name, layer in linear_layers(model).items():
         if any(r.id not in known for r in rounds(layer)):
-            raise RuntimeError(f"a round is extracted from {name} and not in the history: the weights alone are not the base; "
-                               "put "
-                               "it into the history, or restore_base_W() first")
+            raise RuntimeError(f"a round is extracted from {name} and not in the history: its weight alone is not the base's; add "
+                               "it to the history, or restore_base_W() first")
 
-# %% ../nbs/18_heal.ipynb #dc7e7faf
-States = Float[Tensor, "n d"]
+# %% ../nbs/18_heal.ipynb #5b97b950
+States = Float[Tensor, "_ d"] # of one sample
 
 @torch.no_grad()
 def reference_states(readout:Readout, encoded:Sequence[Encoded], pad:int, size:int=8) -> list[States]: # one a sample
     "Read every sample as the model is now."
     order, states = sorted(range(len(encoded)), key=lambda n: len(encoded[n][0])), {}
-    for part in tqdm([order[k:k + size] for k in range(0, len(order), size)], desc="reference", leave=False):
+    bar = tqdm([order[k:k + size] for k in range(0, len(order), size)], desc="reference", leave=False,
+               disable=processes(readout.device)[0] > 0)
+    for part in bar:
         batch = collate([encoded[n] for n in part], pad)
         states.update(zip(part, readout.states(batch).cpu().split(counts(batch))))
     return [states[n].clone() for n in range(len(encoded))]
@@ -122,7 +124,7 @@ def counts(batch:Batch) -> list[int]:
     "How many answer tokens each row has."
     return answer_rows(batch).bincount(minlength=len(batch.input_ids)).tolist()
 
-# %% ../nbs/18_heal.ipynb #d7dabc18
+# %% ../nbs/18_heal.ipynb #d53f7657
 @dataclass(frozen=True)
 class Losses:
     "What `train` asks for the losses of samples: `nll`, and with a reference `kl` and `barrier`."
@@ -140,7 +142,7 @@ class Losses:
         held = torch.cat([self.reference[n] for n in indices])
         return self.held_back(nll, logits if self.cfg.lam else logits.detach(), held, counts(batch))
 
-    def held_back(self, nll:Float[Tensor, "b"], logits:Float[Tensor, "n v"], held:States, sizes:list[int]) -> dict[str, Tensor]:
+    def held_back(self, nll:Float[Tensor, "b"], logits:Float[Tensor, "n v"], held:Float[Tensor, "n d"], sizes:list[int]) -> dict[str, Tensor]:
         with torch.no_grad(): reference = self.readout.logits(held.to(logits.device))
         kl = KINDS[self.cfg.reg](logits, reference).split(sizes)
         kl = torch.stack([aggregate(k, self.cfg.kl_agg) for k in kl])
@@ -178,7 +180,7 @@ class HealRun:
                  for name, part in self.log.groupby("split", sort=False)]
         return f"HealRun: {len(train)} steps in {self.cfg.epochs} epochs; {'; '.join(parts)}\n{self.adapter!r}"
 
-# %% ../nbs/18_heal.ipynb #2450debf
+# %% ../nbs/18_heal.ipynb #54c1e3fe
 def identity(adapter:ModulatedLoRA, encoded:Sequence[Encoded], history:History) -> dict[str, str]:
     "What a run is, beside its settings."
     kept = [(a.kind, c, {table: getattr(a, table) for table in a.tables}) for a, c in history]
@@ -188,11 +190,11 @@ def identity(adapter:ModulatedLoRA, encoded:Sequence[Encoded], history:History) 
 def trained(model:nn.Module, adapter:ModulatedLoRA, encoded:Sequence[Encoded], history:History, cfg:HealConfig, pad:int,
             resume:str|Path|None) -> pd.DataFrame: # the log
     "Reference, history, adapter, training."
-    read = lambda where: reference_states(readout, encoded, pad) if cfg.reg in KINDS and cfg.barrier_ref == where else None
-    readout = Readout(model, collate(encoded[:1], pad), [adapter])
-    before = read("base")
+    readout = Readout(model, collate(encoded[:1], pad), [adapter, *(a for a, c in history)])
+    where = cfg.barrier_ref if cfg.reg in KINDS else None
+    reference = reference_states(readout, encoded, pad) if where == "base" else None
     with baked(model, history) if len(history) else nullcontext():
-        reference = before or read("prev")
+        if where == "prev": reference = reference_states(readout, encoded, pad)
         losses = Losses(readout, encoded, reference, cfg, pad)
         with torch.enable_grad(), adapter(model, 1.0):
             return train(adapter, losses, len(encoded), cfg, losses.terms, show=postfix, resume=resume,

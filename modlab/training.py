@@ -137,12 +137,11 @@ class Run:
 
     def log(self) -> pd.DataFrame: return pd.DataFrame(self.rows)
 
-# %% ../nbs/17_training.ipynb #08528fa3
+# %% ../nbs/17_training.ipynb #d7a12ef7
 class NonFiniteLoss(RuntimeError):
     "A loss or its gradient is NaN or infinite. `adapter` is as the last good step left it, `log` ends with that step."
     def __init__(self, what:str, step:int, epoch:int, samples:Sequence[int], adapter:object, log:pd.DataFrame):
-        super().__init__(f"the {what} is not finite at step {step} (epoch {epoch}) for samples {list(samples)}; the adapter is "
-                         "as "
+        super().__init__(f"the {what} is not finite at step {step} (epoch {epoch}) for samples {list(samples)}; the adapter is as "
                          "the last good step left it: look at these samples, lower lr, or use a dtype of wider range")
         self.step, self.epoch, self.samples, self.adapter, self.log = step, epoch, list(samples), adapter, log
 
@@ -193,7 +192,7 @@ def one_validation(run:Run, epoch:int) -> None:
     for part in [mine[k:k + size] for k in range(0, len(mine), size)]: samples += sample_rows(part, run.losses(part))
     run.rows.append(dict(step=run.step, epoch=epoch, split="val", **averages(shared([], samples, run.world)[1])))
 
-# %% ../nbs/17_training.ipynb #216b22d0
+# %% ../nbs/17_training.ipynb #b92f673f
 SAVE_EVERY = 30.0 # seconds between writes within an epoch
 PARTS = {"identity", "adapter", "optimizer", "schedule", "step", "rows"}
 
@@ -205,8 +204,7 @@ def digest(value:object) -> str:
 def write_state(path:Path, run:Run, identity:Mapping[str, object]) -> None:
     "Atomically."
     values = {name: p.detach() for name, p in run.adapter.named_parameters()}
-    state = dict(identity=dict(identity), adapter=values, optimizer=run.optimizer.state_dict(),
-                 schedule=run.schedule.state_dict(),
+    state = dict(identity=dict(identity), adapter=values, optimizer=run.optimizer.state_dict(), schedule=run.schedule.state_dict(),
                  step=run.step, rows=run.rows)
     half = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -214,11 +212,11 @@ def write_state(path:Path, run:Run, identity:Mapping[str, object]) -> None:
         half.replace(path)
     finally: half.unlink(missing_ok=True)
 
-# %% ../nbs/17_training.ipynb #f22d9a12
+# %% ../nbs/17_training.ipynb #596ec18a
 def read_state(path:Path, identity:Mapping[str, object]) -> dict:
     "`OSError` for a file that is no run's, `ValueError` naming what differs for another run's."
     try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e:
+    except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, LookupError, ValueError) as e:
         raise OSError(f"{path}: not the file of a training run ({type(e).__name__}); give another path") from e
     if not isinstance(state, dict) or not PARTS <= set(state):
         raise OSError(f"{path}: a torch file, but not that of a training run; give another path")
