@@ -11,6 +11,7 @@ from nbclient import NotebookClient
 
 # Progress bars and downloads have no place among the outputs of a notebook.
 ENV = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+CHATTER = ("Failed to load CPU gemm_4bit_forward",)  # what bitsandbytes says on every import, of a kernel that is optional
 TIMEOUT = int(os.environ.get("NOTEBOOK_TIMEOUT", "1800"))  # seconds a cell may take
 
 
@@ -21,12 +22,23 @@ def execute(nb, folder: Path) -> None:
                    record_timing=False, coalesce_streams=True, extra_arguments=["--log-level=40"]).execute()  # errors only
 
 
+def quiet(nb) -> None:
+    "Drop the lines that say nothing of the notebook."
+    for cell in nb.cells:
+        if cell.cell_type != "code": continue
+        for output in cell.outputs:
+            if output.get("name") != "stderr": continue
+            output.text = "".join(line for line in output.text.splitlines(True) if not line.startswith(CHATTER))
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" or output.text.strip()]
+
+
 def main(paths: list[Path]) -> int:
     "Execute each notebook, write it back only if it ran through, clean it."
     for path in paths:
         start, nb = time.perf_counter(), nbformat.read(path, as_version=4)
         print(f"{path.relative_to(ROOT)} …", end=" ", flush=True)
         execute(nb, path.parent)
+        quiet(nb)
         nbformat.write(nb, path)
         subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", path], cwd=ROOT, check=True)
         print(f"{time.perf_counter() - start:.0f} s", flush=True)
