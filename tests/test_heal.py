@@ -347,12 +347,12 @@ def test_the_bar_says_what_the_barrier_costs():
     (dict(prompt=[dict(role="user", content="Q")], completion="yes"), "sample 12: .*has no chat template")])
 def test_bad_samples_are_named_before_anything_is_built(tiny, sample, match):
     model, tok = tiny
-    tok.chat_template, before = None, state(model)
+    tok.chat_template, before, rng = None, state(model), torch.get_rng_state()
     with pytest.raises(ValueError, match=match): heal(model, tok, [*SAMPLES, sample], (), replace(CFG, max_len=64))
     with pytest.raises(ValueError, match="12 samples are fewer than min_train=13"): run(replace(CFG, min_train=13), model=model)
     pairs = [dict(prompt="Q", cho="a", rej="b")] * 20
     with pytest.raises(ValueError, match="sample 0 is a pair"): run(samples=pairs, model=model)
-    assert not changes(before, model)
+    assert not changes(before, model) and torch.equal(torch.get_rng_state(), rng)
 
 
 @pytest.mark.parametrize("field, value, match", [
