@@ -77,7 +77,7 @@ def epoch_order(indices:Sequence[int], cfg:TrainConfig, epoch:int) -> list[int]:
     "The order in which an epoch goes through the samples."
     return [indices[i] for i in np.random.default_rng([cfg.seed, epoch + 1]).permutation(len(indices))]
 
-# %% ../nbs/17_training.ipynb #cde5ffae
+# %% ../nbs/17_training.ipynb #29ca4584
 Losses = Callable[[list[int]], dict[str, Tensor]] # sample indices -> name -> one value a sample; "loss" is trained on
 Gradient = list[Tensor] # one tensor a parameter
 
@@ -93,7 +93,7 @@ def gradients(losses:Losses, indices:Sequence[int], params:Sequence[Tensor], nam
     for part in [indices[k:k + size] for k in range(0, len(indices), size)]:
         found = losses(list(part))
         for n, name in enumerate(names):
-            if name != "loss" and not found[name].requires_grad: continue
+            if found["loss"].requires_grad and not found[name].requires_grad: continue
             new = torch.autograd.grad(found[name].sum(), params, retain_graph=n + 1 < len(names), allow_unused=True,
                                       materialize_grads=True)
             torch._foreach_add_(total[n], new)

@@ -383,4 +383,4 @@ def test_other_dtypes_and_no_pad_token(tiny):
     tok.pad_token = None
     with torch.no_grad(): done = heal(model.to(torch.bfloat16), tok, SAMPLES, (), replace(CFG, epochs=4, batch_size=3))
     assert rows(done, "train").nll.iloc[-1] < rows(done, "train").nll.iloc[0] and done.log.kl.iloc[0] < 0.01
-    assert all(p.dtype == torch.float32 for p in done.adapter.parameters())
+    assert all(p.dtype == torch.float32 for p in done.adapter.parameters()) and all(B.any() for B in done.adapter.B.values())
