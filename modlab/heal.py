@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HealConfig', 'HealRun', 'heal']
 
-# %% ../nbs/18_heal.ipynb #e6e12e7e
+# %% ../nbs/18_heal.ipynb #32344b3f
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ def check_choices(cfg:"HealConfig") -> None:
         if not 0 <= value < math.inf: raise ValueError(f"{field} must be finite and at least 0, got {value}")
     check_count("min_train", cfg.min_train, 1)
 
-# %% ../nbs/18_heal.ipynb #e058dc37
+# %% ../nbs/18_heal.ipynb #e89a15cc
 @dataclass(frozen=True, kw_only=True)
 class HealConfig(TrainConfig):
     "How `heal` trains. `ValueError` for a setting that makes no sense."
@@ -62,7 +62,7 @@ class HealConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         check_choices(self)
-        self.lora  # its fields check themselves
+        _ = self.lora  # its fields check themselves
 
     @property
     def lora(self) -> LoRAConfig: return LoRAConfig(self.r, self.alpha, self.targets, self.exclude, None, self.layer_range)
@@ -93,7 +93,7 @@ def encode_samples(tok:PreTrainedTokenizerBase, samples:Sequence[dict], cfg:Heal
         except ValueError as e: raise ValueError(f"sample {n}: {e}") from e
     return encoded
 
-# %% ../nbs/18_heal.ipynb #bf2ea71f
+# %% ../nbs/18_heal.ipynb #c365d7ce
 def check_history(model:nn.Module, history:History, cfg:HealConfig) -> None:
     "`ValueError` for a history that does not go with `cfg` or the model; `RuntimeError` for a round that it lacks."
     total = doses(model, history) if len(history) else {}
@@ -103,8 +103,8 @@ def check_history(model:nn.Module, history:History, cfg:HealConfig) -> None:
     known = {a._live() for a in total}
     for name, layer in linear_layers(model).items():
         if any(r.id not in known for r in rounds(layer)):
-            raise RuntimeError(f"a round is extracted from {name} and not in the history: its weight alone is not the base's; add "
-                               "it to the history, or restore_base_W() first")
+            raise RuntimeError(f"a round is extracted from {name} and not in the history: its weight alone is not the base's; "
+                               "add it to the history, or restore_base_W() first")
 
 # %% ../nbs/18_heal.ipynb #5b97b950
 States = Float[Tensor, "_ d"] # of one sample
@@ -124,7 +124,7 @@ def counts(batch:Batch) -> list[int]:
     "How many answer tokens each row has."
     return answer_rows(batch).bincount(minlength=len(batch.input_ids)).tolist()
 
-# %% ../nbs/18_heal.ipynb #d53f7657
+# %% ../nbs/18_heal.ipynb #4d799b65
 @dataclass(frozen=True)
 class Losses:
     "What `train` asks for the losses of samples: `nll`, and with a reference `kl` and `barrier`."
@@ -142,19 +142,19 @@ class Losses:
         held = torch.cat([self.reference[n] for n in indices])
         return self.held_back(nll, logits if self.cfg.lam else logits.detach(), held, counts(batch))
 
-    def held_back(self, nll:Float[Tensor, "b"], logits:Float[Tensor, "n v"], held:Float[Tensor, "n d"], sizes:list[int]) -> dict[str, Tensor]:
+    def held_back(self, nll:Float[Tensor, "b"], logits:Float[Tensor, "n v"], held:Float[Tensor, "n d"], sizes:list[int]
+                 ) -> dict[str, Float[Tensor, "b"]]:
         with torch.no_grad(): reference = self.readout.logits(held.to(logits.device))
-        kl = KINDS[self.cfg.reg](logits, reference).split(sizes)
-        kl = torch.stack([aggregate(k, self.cfg.kl_agg) for k in kl])
+        kl = torch.stack([aggregate(k, self.cfg.kl_agg) for k in KINDS[self.cfg.reg](logits, reference).split(sizes)])
         over = torch.stack([barrier(k, self.cfg.tau) for k in kl])
         over = over if over.any() else over.detach()  # a barrier that nothing has reached pulls at nothing: no backward
         return dict(nll=nll, kl=kl, barrier=over, loss=nll + self.cfg.lam * over)
 
     @property
     def terms(self) -> dict[str, float]: # whose gradients are measured apart
-        return dict(nll=1.0, barrier=self.cfg.lam) if self.reference is not None and self.cfg.lam else {}
+        return {} if self.reference is None else dict(nll=1.0, barrier=self.cfg.lam)
 
-# %% ../nbs/18_heal.ipynb #e8f8df11
+# %% ../nbs/18_heal.ipynb #f4a1e884
 COLUMNS = ("step", "epoch", "split", "nll", "kl", "barrier", "loss", "lr", "grad_norm", "grad_nll", "grad_barrier")
 
 def tidy(log:pd.DataFrame) -> pd.DataFrame:
@@ -164,7 +164,8 @@ def tidy(log:pd.DataFrame) -> pd.DataFrame:
 def postfix(row:dict) -> dict[str, str]:
     "NLL, KL and the barrier's share of the loss."
     if "kl" not in row: return dict(nll=f"{row['nll']:.3f}")
-    return dict(nll=f"{row['nll']:.3f}", kl=f"{row['kl']:.3f}", barrier=f"{1 - row['nll'] / row['loss']:.0%}")
+    share = 1 - row["nll"] / row["loss"] if row["loss"] else 0.0
+    return dict(nll=f"{row['nll']:.3f}", kl=f"{row['kl']:.3f}", barrier=f"{share:.0%}")
 
 # %% ../nbs/18_heal.ipynb #43ba350a
 @dataclass(frozen=True, repr=False)
@@ -180,10 +181,11 @@ class HealRun:
                  for name, part in self.log.groupby("split", sort=False)]
         return f"HealRun: {len(train)} steps in {self.cfg.epochs} epochs; {'; '.join(parts)}\n{self.adapter!r}"
 
-# %% ../nbs/18_heal.ipynb #54c1e3fe
+# %% ../nbs/18_heal.ipynb #3b3fd23a
 def identity(adapter:ModulatedLoRA, encoded:Sequence[Encoded], history:History) -> dict[str, str]:
-    "What a run is, beside its settings."
-    kept = [(a.kind, c, {table: getattr(a, table) for table in a.tables}) for a, c in history]
+    "What a run is, beside its settings; of the history, the maps that it comes to."
+    maps = [(name, a.factors(name, float(c))) for a, c in history for name in a.layers]
+    kept = [(name, m.down, m.gain, m.up) for name, m in maps]
     base = {name: (f["shape"], f["sample"]) for name, f in adapter.base.items()}
     return dict(samples=digest(encoded), base=digest(base), history=digest(kept))
 

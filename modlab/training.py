@@ -42,7 +42,7 @@ def check_settings(cfg:"TrainConfig") -> None:
     if not (len(cfg.betas) == 2 and all(0 <= b < 1 for b in cfg.betas)):
         raise ValueError(f"betas must be two numbers in [0, 1), got {cfg.betas}; (0.9, 0.95) is usual here")
 
-# %% ../nbs/17_training.ipynb #45c20a75
+# %% ../nbs/17_training.ipynb #1a2bb9f2
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "What every training has. `ValueError` for a setting that makes no sense."
@@ -59,7 +59,10 @@ class TrainConfig:
     seed: int = 42 # of the split, the order and whatever is drawn
     log_every: int|None = None # steps between gradient norms apart; None: about 20 times a run
 
-    def __post_init__(self): check_settings(self)
+    def __post_init__(self):
+        for field, value in list(vars(self).items()): # numpy's numbers are not what the file of a run may hold
+            if isinstance(value, np.generic): object.__setattr__(self, field, value.item())
+        check_settings(self)
     @property
     def decay(self) -> float: return self.weight_decay # what AdamW is given
 
@@ -74,7 +77,7 @@ def epoch_order(indices:Sequence[int], cfg:TrainConfig, epoch:int) -> list[int]:
     "The order in which an epoch goes through the samples."
     return [indices[i] for i in np.random.default_rng([cfg.seed, epoch + 1]).permutation(len(indices))]
 
-# %% ../nbs/17_training.ipynb #cde5ffae
+# %% ../nbs/17_training.ipynb #29ca4584
 Losses = Callable[[list[int]], dict[str, Tensor]] # sample indices -> name -> one value a sample; "loss" is trained on
 Gradient = list[Tensor] # one tensor a parameter
 
@@ -90,7 +93,7 @@ def gradients(losses:Losses, indices:Sequence[int], params:Sequence[Tensor], nam
     for part in [indices[k:k + size] for k in range(0, len(indices), size)]:
         found = losses(list(part))
         for n, name in enumerate(names):
-            if name != "loss" and not found[name].requires_grad: continue
+            if found["loss"].requires_grad and not found[name].requires_grad: continue
             new = torch.autograd.grad(found[name].sum(), params, retain_graph=n + 1 < len(names), allow_unused=True,
                                       materialize_grads=True)
             torch._foreach_add_(total[n], new)
@@ -113,7 +116,7 @@ def averages(rows:Sequence[dict]) -> dict[str, float]:
     rows = sorted(rows, key=lambda r: r["sample"])
     return {key: sum(r[key] for r in rows) / len(rows) for key in rows[0] if key != "sample"}
 
-# %% ../nbs/17_training.ipynb #707d70fb
+# %% ../nbs/17_training.ipynb #b32ad866
 class Run:
     "A training in progress."
     def __init__(self, adapter:object, losses:Losses, n:int, cfg:TrainConfig,
@@ -125,8 +128,9 @@ class Run:
         self.size = cfg.batch_size * cfg.grad_accum * self.world
         self.steps = cfg.epochs * math.ceil(len(self.train) / self.size)
         self.every = cfg.log_every or max(1, self.steps // 20)
-        self.optimizer = torch.optim.AdamW(self.params, cfg.lr, cfg.betas, weight_decay=cfg.decay)
-        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, math.ceil(cfg.warmup_ratio * self.steps), self.steps)
+        rising = min(math.ceil(cfg.warmup_ratio * self.steps), self.steps - 1) # it rises from 0, which must not be all there is
+        self.optimizer = torch.optim.AdamW(self.params, cfg.lr, tuple(map(float, cfg.betas)), weight_decay=cfg.decay)
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, rising, self.steps)
         self.step, self.rows = 0, []
 
     def plan(self, epoch:int) -> list[list[int]]:
@@ -137,23 +141,23 @@ class Run:
 
     def log(self) -> pd.DataFrame: return pd.DataFrame(self.rows)
 
-# %% ../nbs/17_training.ipynb #d7a12ef7
+# %% ../nbs/17_training.ipynb #aa54ebb4
 class NonFiniteLoss(RuntimeError):
-    "A loss or its gradient is NaN or infinite. `adapter` is as the last good step left it, `log` ends with that step."
+    "A loss or its gradient is NaN or infinite. `adapter` is as the steps before left it, and `log` ends with them."
     def __init__(self, what:str, step:int, epoch:int, samples:Sequence[int], adapter:object, log:pd.DataFrame):
-        super().__init__(f"the {what} is not finite at step {step} (epoch {epoch}) for samples {list(samples)}; the adapter is as "
-                         "the last good step left it: look at these samples, lower lr, or use a dtype of wider range")
+        super().__init__(f"the {what} is not finite at step {step} (epoch {epoch}) for samples {list(samples)}; the adapter is "
+                         "as the steps before left it: look at these samples, lower lr, or use a dtype of wider range")
         self.step, self.epoch, self.samples, self.adapter, self.log = step, epoch, list(samples), adapter, log
 
-# %% ../nbs/17_training.ipynb #38d72337
-def stop_unless_finite(run:Run, epoch:int, samples:Sequence[dict], size:Tensor) -> None:
+# %% ../nbs/17_training.ipynb #55bf53ab
+def stop_unless_finite(run:Run, what:str, step:int, epoch:int, samples:Sequence[dict], size:float=0.0) -> None: # of a gradient
     "`NonFiniteLoss` before a step that would spoil the adapter."
     bad = [r["sample"] for r in samples if not math.isfinite(r["loss"])]
-    if bad or not size.isfinite():
-        raise NonFiniteLoss("loss" if bad else "gradient", run.step + 1, epoch, sorted(bad or (r["sample"] for r in samples)),
-                            run.adapter, run.log())
+    if bad or not math.isfinite(size):
+        raise NonFiniteLoss(what if bad else "gradient", step, epoch, sorted(bad or (r["sample"] for r in samples)), run.adapter,
+                            run.log())
 
-# %% ../nbs/17_training.ipynb #c9b57630
+# %% ../nbs/17_training.ipynb #70566a78
 def norm(gradient:Gradient) -> float: return math.hypot(*(g.norm().item() for g in gradient))
 
 def added(parts:list[Gradient]) -> Gradient:
@@ -174,25 +178,27 @@ def one_step(run:Run, epoch:int, indices:Sequence[int]) -> None:
     gradient, norms, samples = gradient_of(run, indices)
     for p, g in zip(run.params, gradient): p.grad = g
     try:
-        size = nn.utils.clip_grad_norm_(run.params, run.cfg.grad_clip)
-        stop_unless_finite(run, epoch, samples, size)
+        size = nn.utils.clip_grad_norm_(run.params, run.cfg.grad_clip).item()
+        stop_unless_finite(run, "loss", run.step + 1, epoch, samples, size)
         lr = run.schedule.get_last_lr()[0]
         run.optimizer.step()
     finally: run.optimizer.zero_grad()
     run.schedule.step()
     run.step += 1
-    run.rows.append(dict(step=run.step, epoch=epoch, split="train", **averages(samples), lr=lr, grad_norm=size.item(), **norms))
+    run.rows.append(dict(step=run.step, epoch=epoch, split="train", **averages(samples), lr=lr, grad_norm=size, **norms))
 
-# %% ../nbs/17_training.ipynb #cfaf07f9
+# %% ../nbs/17_training.ipynb #fb4d083b
 @torch.no_grad()
 def one_validation(run:Run, epoch:int) -> None:
     "A row of the log for the held-out samples, unless there is one of this epoch."
     if not run.val or any(r["split"] == "val" and r["epoch"] == epoch for r in run.rows): return
     mine, size, samples = run.val[run.rank::run.world], run.cfg.batch_size, []
     for part in [mine[k:k + size] for k in range(0, len(mine), size)]: samples += sample_rows(part, run.losses(part))
-    run.rows.append(dict(step=run.step, epoch=epoch, split="val", **averages(shared([], samples, run.world)[1])))
+    samples = shared([], samples, run.world)[1]
+    stop_unless_finite(run, "validation loss", run.step, epoch, samples)
+    run.rows.append(dict(step=run.step, epoch=epoch, split="val", **averages(samples)))
 
-# %% ../nbs/17_training.ipynb #b92f673f
+# %% ../nbs/17_training.ipynb #24a333f6
 SAVE_EVERY = 30.0 # seconds between writes within an epoch
 PARTS = {"identity", "adapter", "optimizer", "schedule", "step", "rows"}
 
@@ -204,9 +210,9 @@ def digest(value:object) -> str:
 def write_state(path:Path, run:Run, identity:Mapping[str, object]) -> None:
     "Atomically."
     values = {name: p.detach() for name, p in run.adapter.named_parameters()}
-    state = dict(identity=dict(identity), adapter=values, optimizer=run.optimizer.state_dict(), schedule=run.schedule.state_dict(),
-                 step=run.step, rows=run.rows)
-    half = path.with_name(f".{path.name}.{os.getpid()}.part")
+    state = dict(identity=dict(identity), adapter=values, optimizer=run.optimizer.state_dict(),
+                 schedule=run.schedule.state_dict(), step=run.step, rows=run.rows)
+    half = path.with_name(f".{path.name}.part") # always the same: what a killed process leaves is written over
     try:
         torch.save(state, half)
         half.replace(path)
@@ -234,15 +240,17 @@ def restore(run:Run, state:dict) -> None:
     run.schedule.load_state_dict(state["schedule"])
     run.step, run.rows = state["step"], state["rows"]
 
-# %% ../nbs/17_training.ipynb #9093ab71
+# %% ../nbs/17_training.ipynb #a086451c
 class Keeper:
     "Goes on from a run's file if it is there, and writes it as the run goes; does nothing without a path."
     def __init__(self, run:Run, path:str|Path|None, identity:Mapping[str, object]):
         self.run, self.path, self.written = run, None if path is None else Path(path), time.monotonic()
-        self.identity = asdict(run.cfg) | dict(identity, processes=run.world)
+        self.identity = json.loads(json.dumps(asdict(run.cfg) | dict(identity, processes=run.world), default=float))
         if self.path and not self.path.parent.is_dir():
             raise FileNotFoundError(f"{path}: the folder {self.path.parent} does not exist; create it first")
         if self.path and self.path.exists(): restore(run, read_state(self.path, self.identity))
+        if self.path and run.world > 1 and len(set(gather_object([run.step]))) > 1:
+            raise OSError(f"{path}: not all processes find the same file there; give a path in a folder that they share")
 
     def save(self, now:bool=True) -> None: # now, or if it is time
         if not self.path or self.run.rank or not (now or time.monotonic() - self.written >= SAVE_EVERY): return
