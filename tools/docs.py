@@ -8,6 +8,7 @@ from pathlib import Path
 import api
 import nbformat
 from lint_notebooks import DIRECTIVE, ROOT, directives, notebooks
+from readme import site
 
 SITE = Path("_docs")
 START = ("analysis/walkthrough", "analysis/make_pairs")
@@ -25,8 +26,10 @@ def link_names(text: str, names: dict[str, str]) -> str:
 
 
 def on_the_site(text: str) -> str:
-    "Links to pages of the top folder as they lie on the site; `#### Errors`, two levels down, one down."
-    return re.sub(r"^#### ", "### ", re.sub(r"\]\(\.\./(?=(?:CHANGELOG|CONTRIBUTING)\.md)", "](", text), flags=re.M)
+    "Links to files elsewhere in the repository as they lie on the site; `#### Errors`, two levels down, one down."
+    text = re.sub(r"\]\(\.\./(?:docs/)?(?=[\w-]+\.md)", "](", text)
+    text = re.sub(rf"\]\({re.escape(site())}/([\w/-]+)\.html", r"](\1.md", text)
+    return re.sub(r"^#### ", "### ", text, flags=re.M)
 
 
 def prepare(nb, names: dict[str, str]):
@@ -82,13 +85,13 @@ def stage(root: Path, source: Path) -> None:
 
 def main(root: Path = ROOT) -> int:
     "Stage and build; 1 if Sphinx had so much as a warning."
-    site = root / SITE
-    shutil.rmtree(site, ignore_errors=True)
-    stage(root, site / "source")
+    folder = root / SITE
+    shutil.rmtree(folder, ignore_errors=True)
+    stage(root, folder / "source")
     options = ["-q", "-W", "--keep-going", "-b", "html", "-c", root / "docs"]
-    command = [sys.executable, "-m", "sphinx", *options, site / "source", site / "html"]
+    command = [sys.executable, "-m", "sphinx", *options, folder / "source", folder / "html"]
     failed = subprocess.run(command, cwd=root).returncode != 0
-    pages = len(list((site / "html").rglob("*.html")))
+    pages = len(list((folder / "html").rglob("*.html")))
     print("docs: with warnings, see above" if failed else f"docs: {pages} pages; look at {SITE / 'html' / 'index.html'}")
     return int(failed)
 
