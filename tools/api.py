@@ -44,11 +44,17 @@ def remarks(source: str) -> dict[int, str]:
     return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
 
 
+def source_of(node: ast.AST | None) -> str:
+    "The source of a node, with double quotes as it is written here; nothing for nothing."
+    text = ast.unparse(node) if node else ""
+    return text if '"' in text else text.replace("'", '"')
+
+
 def type_of(node: ast.AST | None) -> str:
     "An annotation as text; a class that is named in a string, because it comes later, without its quotes."
     whole = isinstance(node, ast.Constant) and isinstance(node.value, str)
-    text = node.value if whole else "" if node is None else ast.unparse(node)
-    return re.sub(r"'([A-Z]\w*(?:\.\w+)?|\w+\.[A-Z]\w*)'", r"\1", text)
+    text = node.value if whole else source_of(node)
+    return re.sub(r'"([A-Z]\w*(?:\.\w+)?|\w+\.[A-Z]\w*)"', r"\1", text)
 
 
 def params_of(f: ast.FunctionDef, notes: dict[int, str]) -> list[Param]:
@@ -63,7 +69,7 @@ def params_of(f: ast.FunctionDef, notes: dict[int, str]) -> list[Param]:
     for x, d, kind in rows:
         line = max(x.end_lineno, d.end_lineno if d else 0)
         own = last[line] == x.arg and line != result and line < body
-        default = ast.unparse(d) if d else ""
+        default = source_of(d)
         found.append(Param(x.arg, type_of(x.annotation), default, notes.get(line, "") if own else "", kind))
     return [p for p in found if p.name not in ("self", "cls")]
 
@@ -81,7 +87,7 @@ def function(f: ast.FunctionDef, notes: dict[int, str], method: bool = False) ->
 def fields_of(c: ast.ClassDef, notes: dict[int, str]) -> list[Param]:
     "The annotated names of a class body, private and class-level ones left out."
     rows = [n for n in c.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")]
-    return [Param(n.target.id, type_of(n.annotation), ast.unparse(n.value) if n.value else "", notes.get(n.end_lineno, ""))
+    return [Param(n.target.id, type_of(n.annotation), source_of(n.value), notes.get(n.end_lineno, ""))
             for n in rows]
 
 
@@ -118,7 +124,8 @@ class Sources:
         "A class with its fields and its methods, those of private bases counted as its own."
         module, node = self.home[name]
         public, chain = self.names(), list(dict.fromkeys(self.ancestry(name)))
-        own = [n for n in chain if n == name or n not in public]
+        theirs = {n for base in chain[1:] if base in public for n in self.ancestry(base)}
+        own = [n for n in chain if n not in theirs]
         entry = Entry(name, "class", ast.get_docstring(node) or "", bases=[n for n in chain[1:] if n in public])
         plain = any("dataclass" in ast.unparse(d) for d in node.decorator_list)
         inits = [(self.home[n][0], f) for n in own for f in self.home[n][1].body
@@ -154,7 +161,7 @@ class Sources:
             if isinstance(node, ast.FunctionDef) and node.name == name: return function(node, self.notes[module])
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             if name in [ast.unparse(t) for t in targets if t is not None]:
-                return Entry(name, "data", self.notes[module].get(node.end_lineno, ""), returns=ast.unparse(node.value))
+                return Entry(name, "data", self.notes[module].get(node.end_lineno, ""), returns=source_of(node.value))
         raise ValueError(f"{name} is in __all__ of modlab.{module}, but nothing of that name is defined there")
 
 
