@@ -62,8 +62,8 @@ def test_a_remark_behind_the_body_is_no_note_of_a_parameter():
 
 def test_a_class_has_the_methods_of_its_private_bases(sources):
     e = sources.entry("demo", "Kind")
-    assert [(m.name, m.kind, m.doc) for m in e.members] == [("label", "attribute", "how it is called"),
-                                                            ("wide", "property", "How wide."), ("shared", "method", "comes from below")]
+    assert [(m.name, m.kind, m.doc) for m in e.members] == [
+        ("label", "attribute", "how it is called"), ("wide", "property", "How wide."), ("shared", "method", "comes from below")]
     assert [(p.name, p.note) for p in e.params] == [("r", "")]
 
 
