@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from notebook_source import source
 
 ROOT = Path(__file__).resolve().parent.parent
 AS = {f"GIT_{who}_{what}": "a@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
@@ -32,7 +33,8 @@ def repository(tmp_path):
     "One notebook in git, with the project's own attributes and configuration."
     for name in (".gitattributes", ".gitconfig", "settings.ini"): shutil.copy(ROOT / name, tmp_path)
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    (tmp_path / ".gitignore").write_text(".venv\n")
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    (tmp_path / ".gitignore").write_text(".venv\ntools\n")
     nbformat.write(notebook(), tmp_path / "a.ipynb")
     git(tmp_path, "init", "-q", "-b", "main")
     git(tmp_path, "config", "--local", "include.path", "../.gitconfig")
@@ -54,6 +56,11 @@ def test_two_branches_merge_into_a_notebook_though_both_executed_it(repository):
     git(repository, "merge", "-q", "--no-edit", "other")
     merged = nbformat.read(repository / "a.ipynb", as_version=4)
     assert [c.source for c in merged.cells] == ["x = 10", "z = 3", "y = 20"]
+
+
+def test_what_is_no_notebook_is_compared_as_it_is():
+    assert source('<<<<<<< ours\n{}') == '<<<<<<< ours\n{}' and source("[1]") == "[1]"
+    assert source(nbformat.writes(notebook())).splitlines()[:2] == ["# %%", "x = 1"]
 
 
 def test_a_diff_shows_source_and_nothing_of_the_outputs(repository):
