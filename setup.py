@@ -24,7 +24,7 @@ setup(
     packages=find_packages(include=["modlab", "modlab.*"]),
     package_data={"modlab": ["data/*", "py.typed"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "docs": cfg["docs_requirements"].split()},
     classifiers=[
         f"Development Status :: {STATUS[cfg['status']]}",
         f"Intended Audience :: {cfg['audience']}",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Adapter', 'load_adapter']
 
-# %% ../nbs/06_adapter.ipynb #ae27b288
+# %% ../nbs/06_adapter.ipynb #158d2e5d
 import difflib
 import logging
 import math
@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .checkpoint import (Checkpoint, Tables, check_file, config_from, config_meta, fingerprint, layers_for, read_checkpoint,
-                               read_metadata, write_checkpoint)
+from .checkpoint import (Checkpoint, Tables, adapter_file, check_file, config_from, config_meta, fingerprint, layers_for,
+                               read_checkpoint, read_metadata, write_checkpoint)
 from .lowrank import LowRank
 from .targets import LoRAConfig, role_of
 from .weights import device_of, guard_4bit, layer_shape
@@ -133,14 +133,14 @@ class Hooked:
                 leave.callback(layer.register_forward_hook(partial(low_rank_hook, self, name), with_kwargs=True).remove)
             return leave.pop_all()
 
-# %% ../nbs/06_adapter.ipynb #2c583b8e
+# %% ../nbs/06_adapter.ipynb #cc8d30b2
 class Dosed(Hooked):
     "Attached for as long as a `with` block lasts, dosed by `c`."
     _c = 0.0 # the dose; 0 while detached
     bakes = 0 # how many histories in force hold its factors
 
     @property
-    def c(self) -> Coeff: return self._c
+    def c(self) -> Coeff: return self._c # the dose in force; 0 while detached
 
     def set_coeff(self, c:float|int|Tensor) -> None:
         "Change the dose inside a `with adapter(model)` block; `RuntimeError` outside of one, `ValueError` for a bad `c`."
@@ -187,11 +187,11 @@ def copy_tables(adapter:"Adapter", ck:Checkpoint, cfg:LoRAConfig) -> None:
         else:
             for name, parameter in getattr(adapter, table).items(): parameter.copy_(of[name])
 
-# %% ../nbs/06_adapter.ipynb #1b2c4d3a
+# %% ../nbs/06_adapter.ipynb #bcbb5eff
 class Stored:
     "Saving and loading. Every error names the file and leaves model and adapter as they were."
     def save(self, path:str|Path, extra_meta:Mapping[str, object]|None=None) -> None:
-        "Write one safetensors file, atomically; `extra_meta` (JSON values) can be read back with `read_metadata`."
+        "Write one safetensors file, atomically, or into a folder; `extra_meta` (JSON values) comes back with `read_metadata`."
         meta = dict(kind=self.kind, fingerprint=self.base, **config_meta(self.cfg)) | self._meta()
         write_checkpoint(path, {table: getattr(self, table) for table in self.tables}, meta, extra_meta or {})
 
@@ -233,7 +233,7 @@ def build(adapter:"Adapter", model:nn.Module, cfg:LoRAConfig, layers:dict[str, n
         of = {n: place(tables[table][n], layer, cfg.factor_dtype) for n, layer in layers.items() if table in tables}
         setattr(adapter, table, {n: nn.Parameter(t.clone()) for n, t in of.items()} if table in adapter.trains else of)
 
-# %% ../nbs/06_adapter.ipynb #61b03b82
+# %% ../nbs/06_adapter.ipynb #ec045a1d
 class Adapter(Dosed, Stored):
     "A kind of adapter: named tables of factors, one scalar. Subclasses make the tables and give the slope of the gain."
     kind: ClassVar[str] = "" # how files call it
@@ -254,8 +254,8 @@ class Adapter(Dosed, Stored):
 
     def _settle(self, meta:Mapping) -> None: pass # what a kind does to the base, once its tables are there
     def _folded_in(self) -> None: pass # what becomes of it when its map has been folded into the base for good
-    def slope(self, name:str) -> Float[Tensor, "r"]: raise NotImplementedError
-    def offset(self, name:str) -> Float[Tensor, "r"]|None: return None
+    def slope(self, name:str) -> Float[Tensor, "r"]: raise NotImplementedError # what `c` multiplies
+    def offset(self, name:str) -> Float[Tensor, "r"]|None: return None # what the gain is at `c = 0`, if anything
 
     def factors(self, name:str, c:float|int|Tensor) -> LowRank:
         "What layer `name` gets at dose `c`: `down (r, i)`, `gain (r,)` or `(b, r)`, `up (o, r)`. `ValueError`: unknown name."
@@ -263,9 +263,10 @@ class Adapter(Dosed, Stored):
         gain = gain_at(c, self.slope(name), self.offset(name))
         return LowRank(getattr(self, self.down)[name], gain, getattr(self, self.up)[name])
 
-    def delta(self, name:str, c:float|int|Tensor) -> Float[Tensor, "*rows o i"]: return self.factors(name, c).matrix()
-    def parameters(self) -> Iterator[nn.Parameter]: return (p for _, p in self.named_parameters())
+    def delta(self, name:str, c:float|int|Tensor) -> Float[Tensor, "*rows o i"]: return self.factors(name, c).matrix() # (o, i)
+    def parameters(self) -> Iterator[nn.Parameter]: return (p for _, p in self.named_parameters()) # all that trains
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        "All that trains, as `table.layer` and parameter."
         return ((f"{table}.{name}", p) for table in self.trains for name, p in getattr(self, table).items())
 
     def __repr__(self) -> str: return describe(self)
@@ -285,11 +286,13 @@ def summary(adapter:Adapter) -> pd.DataFrame: # role -> shape (o, i), rank, laye
     return pd.DataFrame(rows).groupby(["role", "shape", "rank"], sort=False).agg(
         layers=("trainable", "size"), trainable=("trainable", "sum")).reset_index()
 
-# %% ../nbs/06_adapter.ipynb #00a9fc36
-def load_adapter(model:nn.Module, path:str|Path,
+# %% ../nbs/06_adapter.ipynb #8864e6ee
+def load_adapter(model:nn.Module, # the base that the adapter was fitted to; it is frozen
+                 path:str|Path, # a file, a folder that holds one, or "user/name" on the Hub
                  strict:bool=True, # False: a base that differs only warns
                 ) -> Adapter: # of the kind that the file names
     "The adapter of a file, whatever its kind. Errors as `from_checkpoint`, and `OSError` for a kind that nothing registered."
+    path = adapter_file(path)
     kind = read_metadata(path)["kind"]
     if kind not in Adapter.kinds:
         raise OSError(f"{path}: of kind {kind!r}; known here: {sorted(Adapter.kinds)}; import the module that defines it")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_metadata']
 
-# %% ../nbs/05_checkpoint.ipynb #7782eff6
+# %% ../nbs/05_checkpoint.ipynb #9eabf64c
 import json
 import logging
 import os
@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,11 +27,12 @@ from .weights import dense_weight, folds, layer_shape, rounds
 # %% ../nbs/05_checkpoint.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
 
-# %% ../nbs/05_checkpoint.ipynb #771b06b0
+# %% ../nbs/05_checkpoint.ipynb #418c5acd
+NAME = "adapter.safetensors" # of the one adapter in a folder, or in a repository of the Hub
 FORMAT = 1 # of the files written here; the earlier implementation's count as 0
 Tables = Mapping[str, Mapping[str, Tensor]] # table ("A", "U", …) -> module name -> tensor
 
-# %% ../nbs/05_checkpoint.ipynb #863abaa8
+# %% ../nbs/05_checkpoint.ipynb #6acad3f7
 def extra_header(extra:Mapping[str, object]) -> dict[str, str]:
     try: return {str(key): json.dumps(value) for key, value in extra.items()}
     except (TypeError, ValueError) as e:
@@ -40,8 +42,8 @@ def write_checkpoint(path:str|Path, tables:Tables,
                      meta:Mapping[str, object], # what loading relies on; JSON values
                      extra:Mapping[str, object], # the user's own; JSON values
                     ) -> None:
-    "Write atomically. `ValueError` if `extra` uses a reserved key, `OSError` if the folder is missing."
-    path = Path(path)
+    "Write atomically; into a folder, under the usual name. `ValueError`: `extra` uses a reserved key; `OSError`: no such folder."
+    path = Path(path) / NAME if Path(path).is_dir() else Path(path)
     meta = {**meta, "format": FORMAT}
     if clash := sorted(set(extra) & set(meta)): raise ValueError(f"extra_meta uses reserved keys: {clash}; rename them")
     if not path.parent.is_dir(): raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
@@ -52,6 +54,32 @@ def write_checkpoint(path:str|Path, tables:Tables,
         save_file(flat, half, metadata=header)
         half.replace(path)
     finally: half.unlink(missing_ok=True)
+
+# %% ../nbs/05_checkpoint.ipynb #31c39dbc
+REPOSITORY = re.compile(r"(\w[\w.-]*/(?![\w.-]*\.safetensors)[\w.-]+)(?:/([\w./-]+\.safetensors))?") # and a file in it
+
+def in_folder(folder:Path) -> Path:
+    "The adapter of a folder: the file of the usual name, or the only one there is. `OSError` if that is not clear."
+    if (folder / NAME).is_file(): return folder / NAME
+    if (folder / "adapter_config.json").is_file():
+        raise OSError(f"{folder}: holds a PEFT adapter, which from_peft(model, path) reads")
+    found = sorted(p.name for p in folder.glob("*.safetensors"))
+    if len(found) == 1: return folder / found[0]
+    raise FileNotFoundError(f"{folder}: a folder without {NAME}; its other safetensors files are {found}: name one of them")
+
+def from_hub(repository:str, name:str) -> Path:
+    "The local copy of a file on the Hub; `OSError` that names both if there is none."
+    try: return Path(hf_hub_download(repository, name))
+    except (OSError, ValueError) as e:
+        why = (str(e).strip().splitlines() or [""])[0]
+        raise FileNotFoundError(f"{repository}: nothing of that name here, and no {name} in a repository of that name on the Hub "
+                                f"({type(e).__name__}: {why})") from e
+
+def adapter_file(path:str|Path) -> Path: # which need not exist
+    "The file that is meant: itself, the one in a folder, or a local copy of what the Hub has."
+    if Path(path).is_dir(): return in_folder(Path(path))
+    asked = isinstance(path, str) and not Path(path).exists() and REPOSITORY.fullmatch(path)
+    return from_hub(asked[1], asked[2] or NAME) if asked else Path(path)
 
 # %% ../nbs/05_checkpoint.ipynb #71586065
 LEGACY_TABLES = {"A", "B", "U", "S", "Vh", "delta_s"}
@@ -78,9 +106,11 @@ def decode_header(path:str|Path, header:Mapping[str, str], keys:Iterable[str]) -
     except ValueError as e: raise OSError(f"{path}: its header makes no sense ({e}); save the adapter again") from e
     return {**header, "kind": "lora", **known, "format": 0}
 
-# %% ../nbs/05_checkpoint.ipynb #5b9ec1c4
-def read_metadata(path:str|Path) -> dict: # key -> decoded value; `format` is 0 for files of the earlier implementation
+# %% ../nbs/05_checkpoint.ipynb #6b5d930b
+def read_metadata(path:str|Path, # a file, a folder that holds one, or "user/name" on the Hub
+                 ) -> dict: # key -> decoded value; `format` is 0 for files of the earlier implementation
     "What an adapter file says of itself, without its tensors. `OSError` naming the file if it is missing, cut off or foreign."
+    path = adapter_file(path)
     with open_file(path) as f: meta = decode_header(path, f.metadata() or {}, f.keys())
     if meta["format"] > FORMAT:
         raise OSError(f"{path}: written in format {meta['format']}, and this modlab reads up to {FORMAT}; upgrade modlab")
@@ -100,16 +130,17 @@ class Checkpoint:
     @property
     def names(self) -> list[str]: return list(next(iter(self.tables.values()), {}))
 
-# %% ../nbs/05_checkpoint.ipynb #2b849c54
+# %% ../nbs/05_checkpoint.ipynb #f9213590
 def read_checkpoint(path:str|Path) -> Checkpoint:
     "Read a whole file; names of the earlier implementation's files are turned back into module names. Errors as `read_metadata`."
+    path = adapter_file(path)
     meta, tables = read_metadata(path), {}
     with open_file(path) as f:
         for key in f.keys():
             table, _, name = key.partition(".")
             tables.setdefault(table, {})[name.replace("__", ".") if meta["format"] == 0 else name] = f.get_tensor(key)
     if meta["format"] == 0: logger.warning("%s: written by the earlier implementation, without a fingerprint of its base", path)
-    return Checkpoint(Path(path), meta, tables)
+    return Checkpoint(path, meta, tables)
 
 # %% ../nbs/05_checkpoint.ipynb #b983d93b
 def fingerprint(layer:nn.Module, size:int=256) -> dict: # {shape: [o, i], sample: numbers, rounds: ids}

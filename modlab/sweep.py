@@ -26,7 +26,7 @@ from .text import Batch, collate, encode_records, sides_of
 # %% ../nbs/16_sweep.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
 
-# %% ../nbs/16_sweep.ipynb #c3381d65
+# %% ../nbs/16_sweep.ipynb #6e503402
 @dataclass(frozen=True)
 class Reading:
     "A batch, its answer tokens, and the reference states that predicted them."
@@ -43,7 +43,8 @@ def text_batches(tok:PreTrainedTokenizerBase, records:Sequence[dict], side:str, 
 def readings(readout:Readout, text:Sequence[Batch]) -> list[Reading]:
     "Read every batch at the dose of now, which should be 0."
     first = [0, *torch.tensor([len(b.input_ids) for b in text]).cumsum(0).tolist()]
-    return [Reading(b, answer_ids(b), answer_rows(b) + n, readout.states(b)) for b, n in zip(text, first)]
+    seen = tqdm(text, desc="reference", leave=False, delay=1)
+    return [Reading(b, answer_ids(b), answer_rows(b) + n, readout.states(b)) for b, n in zip(seen, first)]
 
 # %% ../nbs/16_sweep.ipynb #575103f4
 CHUNK = 256 # tokens whose logits are in memory at a time, once for the reference and once for a dose
@@ -84,7 +85,7 @@ def rejected_nll(adapter:Adapter, readout:Readout, text:Sequence[Batch], cs:Sequ
         total += torch.stack(nll).cpu()
     return (total / count).tolist()
 
-# %% ../nbs/16_sweep.ipynb #37c83119
+# %% ../nbs/16_sweep.ipynb #283865e3
 @torch.no_grad()
 def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # detached
              records:Sequence[dict], # pairs {prompt, cho, rej} or samples {prompt, completion}
@@ -99,7 +100,7 @@ def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # de
     with adapter(model, 0.0):
         readout = Readout(model, text[0], [adapter])
         parts = [compared(readout, r, list(at_doses(adapter, readout, r.batch, cs)))
-                 for r in tqdm(readings(readout, text), desc="doses", leave=False)]
+                 for r in tqdm(readings(readout, text), desc="doses", leave=False, delay=1)]
         rejected = rejected_nll(adapter, readout, other, cs) if len(sides) > 1 else None
     tokens = torch.cat(parts, -1)
     table = pd.DataFrame([dict(c=c) | summary(t) for c, t in zip(cs, tokens)])
@@ -158,7 +159,7 @@ def check_budget(target_kl:float, stat:str, sign:int, bracket:Sequence, tol:floa
     if not 0 <= bracket[0] < bracket[1] < math.inf: raise ValueError(f"bracket must be 0 <= lo < hi, got {bracket}; it is of |c|")
     if not 0 < tol < 1: raise ValueError(f"tol must be a share of the budget between 0 and 1, got {tol}")
 
-# %% ../nbs/16_sweep.ipynb #231e05ac
+# %% ../nbs/16_sweep.ipynb #f98c147c
 ENOUGH = 1500 # answer tokens a side, below which a 95th percentile is a guess
 
 class Measured:
@@ -172,7 +173,8 @@ class Measured:
         "KL(c‖0) of every answer token, in nats."
         self.forwards += len(self.text)
         states = lambda r: list(at_doses(self.adapter, self.readout, r.batch, [c]))
-        return torch.cat([compared(self.readout, r, states(r))[0, 0] for r in self.text])
+        seen = tqdm(self.text, desc=f"c = {c:+.3g}", leave=False, delay=1)
+        return torch.cat([compared(self.readout, r, states(r))[0, 0] for r in seen])
 
     def value(self, c:float, stat:str) -> float:
         value = aggregate(self.tokens(c).double(), stat).item()

@@ -167,5 +167,6 @@ def test_saving_where_no_file_can_be_written_is_an_oserror_that_names_it(tmp_pat
     a, long = adapter_of("lora", build()), tmp_path / ("n" * 300)
     with pytest.raises(OSError, match="folder.*create"): a.save(tmp_path / "none" / "a")
     with pytest.raises(OSError, match="nnn"): a.save(long)
+    (tmp_path / "adapter.safetensors").mkdir()
     with pytest.raises(OSError, match=str(tmp_path)): a.save(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.rglob("*")] == ["adapter.safetensors"]

@@ -9,6 +9,7 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+import api
 import lint_notebooks as lint
 import pytest
 import readme
@@ -100,6 +101,15 @@ def test_readme_is_what_the_index_renders_to():
     assert {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in (ROOT / readme.IMAGES).iterdir()} == images, "run make readme"
 
 
+def test_readme_leads_to_pages_that_the_site_has():
+    text, stems = (ROOT / "README.md").read_text(encoding="utf-8"), {p.stem for p in lint.notebooks()}
+    pages = re.findall(rf"\]\({re.escape(readme.site())}/([\w/-]+)\.html\)", text)
+    assert "names" in pages and "06_adapter" in pages
+    written = stems | {"names", "dependencies"} | {p.removesuffix(".md").removeprefix("api/") for p in api.pages()}
+    assert not {p for p in pages if p.split("/")[-1] not in written}
+    assert not [m for m in re.findall(r"\]\((?!\w+:|#)([^)\s]+)\)", text) if not (ROOT / m).exists()]
+
+
 @pytest.mark.parametrize("text", ["see /root/.cache/x", "in /tmp/abc", "(/srv/a/b.py:3)", "'/home/me'", r"C:\Users"])
 def test_absolute_paths_are_seen(text):
     assert lint.ABSOLUTE.search(text)
@@ -170,7 +180,8 @@ def test_constraints_pin_every_line():
 
 def test_constraints_pin_every_requirement():
     pinned = {m[1].lower().replace("_", "-") for m in map(PIN.match, (ROOT / "constraints.txt").read_text().splitlines()) if m}
-    wanted = (settings()["requirements"] + " " + settings()["dev_requirements"]).split()
+    wanted = [w for key, value in settings().items() if key.endswith("requirements") for w in value.split()]
+    assert {"torch", "nbdev", "sphinx"} <= {re.split(r"[<>=!~]", w)[0] for w in wanted}
     assert not {re.split(r"[<>=!~]", w)[0].lower().replace("_", "-") for w in wanted} - pinned
 
 

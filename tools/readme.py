@@ -1,8 +1,9 @@
-"""Render README.md from nbs/index.ipynb: hidden cells dropped, links and figures made relative to the top folder."""
+"""Render README.md from nbs/index.ipynb: hidden cells dropped, links to notebooks and guides made links to the site."""
 import posixpath
 import re
 import shutil
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
@@ -11,6 +12,7 @@ from nbconvert import MarkdownExporter
 
 IMAGES = "docs/images"
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)[^)\s]+")
+PAGE = re.compile(r"(?:nbs|docs)/(.+)\.(?:ipynb|md)")
 STYLE = re.compile(r"<style scoped>.*?</style>\n?", re.S)  # pandas adds it; on most pages it would show as text
 
 
@@ -25,10 +27,23 @@ def alt_texts(nb) -> list[str]:
     return alts
 
 
+def site(root: Path = ROOT) -> str:
+    "The address of the site, as settings.ini has it."
+    parser = ConfigParser(delimiters=["="])
+    parser.read(root / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]["doc_host"] + parser["DEFAULT"]["doc_baseurl"]
+
+
+def moved(link: str) -> str:
+    "Where a link of the notebook leads from the top folder: to the site, if it has a page of it."
+    path = posixpath.normpath(posixpath.join("nbs", link))
+    page = PAGE.fullmatch(path)
+    return f"{site()}/{page[1]}.html" if page else path
+
+
 def relocate(cell) -> None:
-    "Take the directives off a code cell; make links of a markdown cell relative to the top folder."
-    if cell.cell_type == "markdown":
-        cell.source = LINK.sub(lambda m: posixpath.normpath(posixpath.join("nbs", m[0])), cell.source)
+    "Take the directives off a code cell; move the links of a markdown cell."
+    if cell.cell_type == "markdown": cell.source = LINK.sub(lambda m: moved(m[0]), cell.source)
     else:
         cell.source = "\n".join(x for x in cell.source.splitlines() if not DIRECTIVE.fullmatch(x.rstrip()))
 
