@@ -91,7 +91,7 @@ def box(text:str, on:bool=False): # a widget
     import ipywidgets as w
     return w.Checkbox(on, description=text, indent=False, layout=w.Layout(width="auto"))
 
-# %% ../nbs/22_explore.ipynb #4c7b14db
+# %% ../nbs/22_explore.ipynb #eef2b119
 def controls(x:Study) -> SimpleNamespace: # widgets by name
     "Every control, with its first value."
     import ipywidgets as w
@@ -106,7 +106,8 @@ def controls(x:Study) -> SimpleNamespace: # widgets by name
         budget=w.BoundedFloatText(0.1, min=1e-6, max=1e3, step=0.05, description="p95 KL of", layout=w.Layout(width="170px")),
         fit=button("Calibrate", "find the dose on this side of 0 that meets this KL", icon="balance-scale"),
         layer=w.Dropdown(options=list(x.adapter.layers), layout=wide), scores=[box(mode) for mode in SCORES],
-        **{k: w.Image(format="png") for k in ("doses", "spectrum")}, **{k: w.HTML() for k in ("reading", "text", "status", "note")})
+        doses=w.Image(format="png"), spectrum=w.Image(format="png"), reading=w.HTML(), text=w.HTML(), status=w.HTML(),
+        note=w.HTML())
 
 # %% ../nbs/22_explore.ipynb #918fd6c3
 def laid_out(ui:SimpleNamespace): # a widget

@@ -60,7 +60,7 @@ def write_beside(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, 
         model.generate(two, attention_mask=torch.ones_like(two), streamer=Rows(tok, show), stopping_criteria=[Until(stale)],
                        **defaults | options)
 
-# %% ../nbs/21_study.ipynb #903e79e5
+# %% ../nbs/21_study.ipynb #cb19fa50
 NOW, ANSWERS = "#CC79A7", {"nll": "#0072B2", "nll_rej": "#D55E00"}
 
 def nearest(curve:pd.DataFrame, # in order of c
@@ -73,12 +73,12 @@ def nearest(curve:pd.DataFrame, # in order of c
 def draw_doses(kl:Axes, nll:Axes, curve:pd.DataFrame, c:float, calibrated:float|None) -> None:
     "KL above, NLL below, against the dose, with the dose of now in both."
     if len(curve): plot_kl_vs_c(curve, kl, ("mean", "p95"), calibrated)
-    for column in set(curve) & set(ANSWERS):
+    for column in (k for k in ANSWERS if k in curve):
         label = "completion" if "nll_rej" not in curve else "chosen" if column == "nll" else "rejected"
         nll.plot(curve["c"], curve[column], "o-", color=ANSWERS[column], markersize=3, linewidth=1.2, label=label)
     for ax in (kl, nll):
         ax.axvline(c, color=NOW, linewidth=2, label=f"now c = {c:.2f}" if ax is kl else None)
-        if ax.get_legend_handles_labels()[1]: ax.legend(fontsize=8, ncols=2, framealpha=0.8)
+        if len(curve): ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=3, fontsize=8, frameon=False)
     kl.set(xlabel="", title="" if len(curve) else "measuring …")
     nll.set(xlabel="dose c (0 is the untouched model)", ylabel="NLL (nats per token)")
 
