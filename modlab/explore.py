@@ -109,7 +109,7 @@ def controls(x:Study) -> SimpleNamespace: # widgets by name
         doses=w.Image(format="png"), spectrum=w.Image(format="png"), reading=w.HTML(), text=w.HTML(), status=w.HTML(),
         note=w.HTML())
 
-# %% ../nbs/22_explore.ipynb #918fd6c3
+# %% ../nbs/22_explore.ipynb #852c043b
 def laid_out(ui:SimpleNamespace): # a widget
     "The controls on one page: dose, prompt, texts, and two figures side by side."
     import ipywidgets as w
@@ -121,9 +121,9 @@ def laid_out(ui:SimpleNamespace): # a widget
                    w.HBox([left, right], layout=w.Layout(grid_gap="12px")), row(ui.quit, ui.status)],
                   layout=w.Layout(width="100%", max_width="1200px"))
 
-def png(size:tuple[float, float], draw:Callable[[Figure], None]) -> bytes:
+def png(draw:Callable[[Figure], None]) -> bytes:
     "A figure as a PNG, without pyplot, whose list of figures is not for threads."
-    figure, file = Figure(size, layout="constrained"), BytesIO()
+    figure, file = Figure((6, 4.4), layout="constrained"), BytesIO()
     draw(figure)
     figure.savefig(file, format="png", dpi=144)
     return file.getvalue()
@@ -155,11 +155,11 @@ def fit(x:"Explorer", stale:Callable[[], bool]) -> None:
     x.calibrated, x.ui.to.disabled, x.ui.to.description = found.c, False, f"to calibrated {found.c:+.2f}"
     x.cs.append(found.c)
 
-# %% ../nbs/22_explore.ipynb #d61f95bf
+# %% ../nbs/22_explore.ipynb #9481f1d9
 def show_doses(x:"Explorer") -> None:
     curve, c, grid = x.curve, x.c, dict(sharex=True, height_ratios=(3, 2))
     x.ui.reading.value = reading(curve, c)
-    x.ui.doses.value = png((6, 4.4), lambda f: draw_doses(*f.subplots(2, 1, **grid), curve, c, x.calibrated))
+    x.ui.doses.value = png(lambda f: draw_doses(*f.subplots(2, 1, **grid), curve, c, x.calibrated))
 
 def show_spectrum(x:"Explorer", stale:Callable[[], bool]) -> None:
     ui, name = x.ui, x.ui.layer.value
@@ -169,7 +169,7 @@ def show_spectrum(x:"Explorer", stale:Callable[[], bool]) -> None:
         return
     ui.note.value = "looking …"
     table = spectra(x, name, [box.description for box in ui.scores if box.value], stale)
-    ui.spectrum.value = png((6, 4.4), lambda f: draw_spectrum(f.subplots(), table, name))
+    ui.spectrum.value = png(lambda f: draw_spectrum(f.subplots(), table, name))
     ui.note.value = ""
 
 def wire(x:"Explorer") -> None:
@@ -210,12 +210,12 @@ class Explorer(Study):
             if hasattr(widget, "disabled"): widget.disabled = True
         self.ui.status.value = "closed; the model is free"
 
-# %% ../nbs/22_explore.ipynb #2cdaae9d
+# %% ../nbs/22_explore.ipynb #bb357dbe
 OPEN:WeakValueDictionary = WeakValueDictionary() # id(model) -> the explorer that works on it
 
 def explore(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # detached
             records:Sequence[dict]|None=None, # pairs or samples for the curve; None: eight of the shipped pairs
-            cs:Sequence[float]=(-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2), # doses of the curve; the slider spans them
+            cs:Sequence[float|int]=(-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2), # doses of the curve; the slider spans them
             calibrated:float|Calibration|None=None, # a dose to mark and to begin with
             widgets:bool|None=None, # None: where there is a page to show them
             max_new_tokens:int=64, # of the texts
@@ -223,7 +223,7 @@ def explore(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # det
            ) -> Study: # an Explorer where there is a page
     """Look at an adapter at every dose: live in JupyterLab (`close()` it when done), as a figure elsewhere. A second one on the
     same model closes the first. `ValueError`: bad records, doses or adapter; `ImportError`: `widgets=True` without ipywidgets."""
-    if widgets and not installed(): raise ImportError("widgets=True needs ipywidgets, run: pip install ipywidgets")
+    if widgets and not installed(): raise ImportError("widgets=True needs ipywidgets; run: pip install ipywidgets")
     args = model, tok, adapter, load_pairs("test")[:8] if records is None else records, cs, calibrated
     if not (page() if widgets is None else widgets): return static(Study(*args))
     if id(model) in OPEN: OPEN[id(model)].close()

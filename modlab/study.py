@@ -60,7 +60,7 @@ def write_beside(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, 
         model.generate(two, attention_mask=torch.ones_like(two), streamer=Rows(tok, show), stopping_criteria=[Until(stale)],
                        **defaults | options)
 
-# %% ../nbs/21_study.ipynb #cb19fa50
+# %% ../nbs/21_study.ipynb #d16db64b
 NOW, ANSWERS = "#CC79A7", {"nll": "#0072B2", "nll_rej": "#D55E00"}
 
 def nearest(curve:pd.DataFrame, # in order of c
@@ -72,14 +72,16 @@ def nearest(curve:pd.DataFrame, # in order of c
 
 def draw_doses(kl:Axes, nll:Axes, curve:pd.DataFrame, c:float, calibrated:float|None) -> None:
     "KL above, NLL below, against the dose, with the dose of now in both."
-    if len(curve): plot_kl_vs_c(curve, kl, ("mean", "p95"), calibrated)
+    acts = len(curve) and curve["kl_rev_max"].max() > 0
+    if acts: plot_kl_vs_c(curve, kl, ("mean", "p95"), calibrated)
     for column in (k for k in ANSWERS if k in curve):
         label = "completion" if "nll_rej" not in curve else "chosen" if column == "nll" else "rejected"
         nll.plot(curve["c"], curve[column], "o-", color=ANSWERS[column], markersize=3, linewidth=1.2, label=label)
     for ax in (kl, nll):
         ax.axvline(c, color=NOW, linewidth=2, label=f"now c = {c:.2f}" if ax is kl else None)
         if len(curve): ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=3, fontsize=8, frameon=False)
-    kl.set(xlabel="", title="" if len(curve) else "measuring …")
+    if not acts: kl.set_title("no KL at any dose so far: to be trained" if len(curve) > 2 else "measuring …", fontsize=9)
+    kl.set_xlabel("")
     nll.set(xlabel="dose c (0 is the untouched model)", ylabel="NLL (nats per token)")
 
 # %% ../nbs/21_study.ipynb #9958e9d7
@@ -112,18 +114,18 @@ def breaking_off(model:nn.Module, stale:Callable[[], bool]) -> Iterator[None]:
     try: yield
     finally: hook.remove()
 
-# %% ../nbs/21_study.ipynb #80df9c08
+# %% ../nbs/21_study.ipynb #51ce75bb
 class Study:
     "An adapter under study: `curve` (the doses measured so far), `c`, `calibrated`."
     figure:Figure|None = None # of `static`
 
-    def __init__(self, model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, records:Sequence[dict], cs:Sequence[float],
-                 calibrated:float|Calibration|None=None):
+    def __init__(self, model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, records:Sequence[dict],
+                 cs:Sequence[float|int], calibrated:float|Calibration|None=None):
         check_model(adapter, model)
         self.model, self.tok, self.adapter, self.records, self.sides = model, tok, adapter, list(records), sides_of(records)
         dose = calibrated.c if isinstance(calibrated, Calibration) else calibrated
         self.calibrated = None if dose is None or np.isnan(dose) else float(dose)
-        self.cs = sorted({0.0, *check_doses(cs), *([] if self.calibrated is None else [self.calibrated])}, key=abs)
+        self.cs = sorted({0.0, *check_doses([float(c) for c in cs])} | ({self.calibrated} - {None}), key=lambda c: (abs(c), c))
         if len(self.cs) < 2: raise ValueError(f"cs must hold a dose other than 0, got {list(cs)}")
         self.c = min(max(self.cs), 1.0) if self.calibrated is None else self.calibrated
         self.curve, self.inputs, self.lock = pd.DataFrame({"c": []}), {}, threading.Lock() # one at a time in the model

@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from platformdirs import user_cache_dir
 from playwright.sync_api import Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ model, tok = tiny_model()
 adapter = ModulatedPiSSA(model, r=16, selection_score="s_only", extract=False, init=(0.04, 0.4),
                          generator=torch.Generator().manual_seed(0))
 """
-SHOW = "e = explore(model, tok, adapter, load_pairs('test')[:4], calibrated=0.6, min_new_tokens=48, max_new_tokens=48)\ne"
+SHOW = "e = explore(model, tok, adapter, load_pairs('test')[:4], calibrated=0.6, min_new_tokens=250, max_new_tokens=250)\ne"
 HOOKS = "print('hooks', sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()), adapter.attached)"
 
 
@@ -53,9 +54,10 @@ def lab(tmp_path):
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text(QUIET)
     folders = {f"JUPYTER_{name}_DIR": str(home / name) for name in ("CONFIG", "DATA", "RUNTIME")}
-    env = os.environ | folders | {"HOME": str(home), "IPYTHONDIR": str(home / "ipython"), "JUPYTERLAB_SETTINGS_DIR": str(settings.parents[1]),
-                                  "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"), "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1",
-                                  "MODLAB_CACHE": os.environ.get("MODLAB_CACHE", str(cache_dir())), "HF_HUB_OFFLINE": "1"}
+    env = os.environ | folders | {"HOME": str(home), "IPYTHONDIR": str(home / "ipython"),
+                                  "JUPYTERLAB_SETTINGS_DIR": str(settings.parents[1]), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+                                  "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1",
+                                  "MODLAB_CACHE": os.environ.get("MODLAB_CACHE") or user_cache_dir("modlab")}
     options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=", "--ServerApp.allow_root=True",
                f"--ServerApp.root_dir={tmp_path}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdates"]
     with open(tmp_path / "server.log", "w") as log, subprocess.Popen(
@@ -64,11 +66,6 @@ def lab(tmp_path):
             wait_for(f"http://127.0.0.1:{port}/api", server)
             yield f"http://127.0.0.1:{port}"
         finally: server.terminate()
-
-
-def cache_dir() -> Path:
-    from modlab import cache_dir as of_modlab
-    return of_modlab()
 
 
 @pytest.fixture
@@ -92,7 +89,8 @@ def run_all(page: Page, lab: str, folder: Path, *cells: str) -> None:
     nbformat.write(nb, folder / "explorer.ipynb")
     page.goto(f"{lab}/lab/tree/explorer.ipynb?reset")
     expect(page.locator(".jp-Notebook")).to_be_visible(timeout=60_000)
-    expect(page.get_by_role("button", name="Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)  # or it asks which kernel
+    # Run before the kernel is there, and a dialog asks which one it should be.
+    expect(page.get_by_role("button", name="Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator("li[data-command='runmenu:run-all']").click()
 
@@ -138,9 +136,22 @@ def test_explorer(lab, page, tmp_path):
     seen.box("wanda").check()
     until(lambda: seen.spectrum() != spectrum, "the spectrum is drawn with another score")
 
+    seen.box("chat").uncheck()
     seen.prompt.fill("")
     seen.button("Generate").click()
-    expect(seen.html.filter(has_text="the prompt has no token")).to_be_visible() if not seen.box("chat").is_checked() else None
+    expect(seen.html.filter(has_text="ValueError the prompt has no token")).to_be_visible()
+
+    seen.prompt.fill("Once upon a time")
+    seen.button("Generate").click()
+    expect(seen.html.filter(has_text="writing …")).to_be_visible()
+    doses = seen.doses()
+    seen.handle.press("ArrowLeft")  # while it writes
+    until(lambda: seen.doses() != doses, "the curve follows the slider")
+    seen.button("Stop").click()
+    expect(seen.status).to_have_count(0)
+    stopped = seen.text.inner_text()
+    time.sleep(1)
+    assert seen.text.inner_text() == stopped
 
     seen.button("Close").click()
     expect(seen.html.filter(has_text="the model is free")).to_be_visible()
