@@ -101,15 +101,16 @@ def draw_spectrum(ax:Axes, table:pd.DataFrame, name:str) -> None:
 def no_spectrum(adapter:Adapter) -> str:
     return f"{type(adapter).__name__} learns directions of its own\nand chooses none of the weight's: there is no spectrum."
 
-# %% ../nbs/21_study.ipynb #de37b53a
+# %% ../nbs/21_study.ipynb #af048e67
 class Stale(Exception):
     "Raised inside a job that a newer one has made pointless."
 
 @contextmanager
 def breaking_off(model:nn.Module, stale:Callable[[], bool]) -> Iterator[None]:
-    "While the block lasts, a forward raises `Stale` if `stale()` is true."
+    "While the block lasts, a forward in this thread raises `Stale` if `stale()` is true."
+    here = threading.get_ident()  # a cell that runs the model meanwhile is not broken off
     def check(*_):
-        if stale(): raise Stale
+        if threading.get_ident() == here and stale(): raise Stale
     hook = model.get_input_embeddings().register_forward_pre_hook(check)
     try: yield
     finally: hook.remove()

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 
+import browser_test
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -135,7 +136,12 @@ def test_samples_have_no_pairs_score():
 
 def test_breaking_off_takes_its_hook_along():
     model, tok = tiny_model()
-    with pytest.raises(Stale), breaking_off(model, lambda: True): model(**tok("a", return_tensors="pt"))
+    text, seen = tok("a", return_tensors="pt"), []
+    with pytest.raises(Stale), breaking_off(model, lambda: True):
+        elsewhere = threading.Thread(target=lambda: seen.append(model(**text)))
+        elsewhere.start(), elsewhere.join()
+        assert seen, "other threads are let through"
+        model(**text)
     assert not hooks(model)
 
 
@@ -366,3 +372,20 @@ except ImportError as e: print(e)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=None)
     assert done.stdout.splitlines() == ["True", "widgets=True needs ipywidgets; run: pip install ipywidgets"], done.stderr[-2000:]
+
+
+# ---- the browser test, where there is no browser ----
+
+@pytest.mark.parametrize("arguments, code", [([], 1), (["--if-possible"], 0)])
+def test_without_a_browser_it_is_said(arguments, code, monkeypatch, capsys):
+    monkeypatch.delenv("MODLAB_CHROMIUM", raising=False)
+    monkeypatch.setattr(browser_test, "NAMES", ())
+    monkeypatch.setattr(browser_test, "install_chromium", lambda: None)
+    assert browser_test.main(arguments) == code and "NOT RUN" in capsys.readouterr().out
+
+
+def test_with_a_browser_a_failure_is_a_failure(monkeypatch, tmp_path):
+    monkeypatch.setenv("MODLAB_CHROMIUM", "a browser")
+    monkeypatch.setattr(browser_test, "install_driver", lambda: None)
+    (tmp_path / "test_it.py").write_text("def test(): assert False")
+    assert browser_test.main(["--if-possible", str(tmp_path), "-q", "-p", "no:cacheprovider"]) == 1

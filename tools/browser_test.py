@@ -1,4 +1,4 @@
-"""The browser test, with what it needs: a Python driver into the environment, Chromium from Debian where this may be installed."""
+"""The browser test, with what it needs: a Python driver into the environment, Debian's Chromium where it may be installed."""
 import os
 import shutil
 import subprocess
@@ -19,8 +19,9 @@ def install_chromium() -> None:
     "From Debian's packages, where there are such and this user may; a failure shows in that there is still no browser."
     if not shutil.which("apt-get") or os.geteuid() != 0: return
     print("installing Debian's chromium", flush=True)
+    env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
-        subprocess.run(["apt-get", "-qq", *command], env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, stdout=subprocess.DEVNULL)
+        subprocess.run(["apt-get", "-qq", *command], env=env, stdout=subprocess.DEVNULL)
 
 
 def install_driver() -> None:
@@ -34,8 +35,8 @@ def main(arguments: list[str]) -> int:
     "pytest's exit code; without a browser 1, or 0 with --if-possible."
     if not browser(): install_chromium()
     if not browser():
-        print("browser test NOT RUN: there is no Chromium here, and it could not be installed; install it (on Debian: apt-get install "
-              "chromium) or name one in MODLAB_CHROMIUM", flush=True)
+        print("browser test NOT RUN: there is no Chromium here, and it could not be installed; install it (on Debian: "
+              "apt-get install chromium) or name one in MODLAB_CHROMIUM", flush=True)
         return 0 if "--if-possible" in arguments else 1
     install_driver()
     rest = [a for a in arguments if a != "--if-possible"]

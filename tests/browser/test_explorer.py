@@ -1,6 +1,7 @@
 """The explorer as a user sees it: JupyterLab on the loopback, a real browser, a notebook run from its menu.
 
-Started by `make browser-test`. MODLAB_SCREENSHOT names a file for a picture of the page, on the default model and a trained adapter."""
+Started by `make browser-test`. With MODLAB_SCREENSHOT=docs/screenshots/explore.png there is a picture for the documentation
+besides: the default model and an adapter that is trained for it, some minutes."""
 import os
 import re
 import socket
@@ -50,14 +51,14 @@ def wait_for(url: str, server: subprocess.Popen, seconds: float = 60) -> None:
 def lab(tmp_path):
     "The address of a JupyterLab of its own: nothing of the user's configuration, nothing left behind."
     port, home = free_port(), tmp_path / "home"
-    settings = home / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+    settings = home / "lab" / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text(QUIET)
+    cache = os.environ.get("MODLAB_CACHE") or user_cache_dir("modlab")
     folders = {f"JUPYTER_{name}_DIR": str(home / name) for name in ("CONFIG", "DATA", "RUNTIME")}
-    env = os.environ | folders | {"HOME": str(home), "IPYTHONDIR": str(home / "ipython"),
-                                  "JUPYTERLAB_SETTINGS_DIR": str(settings.parents[1]), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
-                                  "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1",
-                                  "MODLAB_CACHE": os.environ.get("MODLAB_CACHE") or user_cache_dir("modlab")}
+    folders |= {f"JUPYTERLAB_{name.upper()}_DIR": str(home / "lab" / name) for name in ("settings", "workspaces")}
+    env = os.environ | folders | {"HOME": str(home), "IPYTHONDIR": str(home / "ipython"), "PYTHONPATH": str(ROOT),
+                                  "TQDM_DISABLE": "1", "MODLAB_CACHE": cache}
     options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=", "--ServerApp.allow_root=True",
                f"--ServerApp.root_dir={tmp_path}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdates"]
     with open(tmp_path / "server.log", "w") as log, subprocess.Popen(
@@ -159,4 +160,32 @@ def test_explorer(lab, page, tmp_path):
     page.keyboard.press("Control+Enter")
     expect(page.locator(".jp-OutputArea-output", has_text="hooks 0 False")).to_be_visible()
     page.screenshot(path=tmp_path / "explorer.png")
+    assert not page.errors
+
+
+TRAINED = """
+import torch
+from modlab import *
+model, tok = load_model()
+pairs, band = load_pairs("train")[::7], (0.3, 0.7)
+X = capture_activations(model, tok, pairs, LoRAConfig(layer_range=band))
+adapter = ModulatedPiSSA(model, layer_range=band, calibration_activations=X, extract=False, init=(0.0, 0.0))
+contrast(model, tok, adapter, pairs[:16], ContrastConfig(lr=1e-1, epochs=2, batch_size=2, val_frac=0.0))
+"""
+
+
+@pytest.mark.skipif("MODLAB_SCREENSHOT" not in os.environ, reason="a picture is made when MODLAB_SCREENSHOT names its file")
+def test_picture(lab, page, tmp_path):
+    run_all(page, lab, tmp_path, TRAINED, "explore(model, tok, adapter, load_pairs('test')[::6])")
+    seen, slow = Seen(page), 900_000
+    expect(seen.reading).to_contain_text("measured", timeout=slow)
+    page.locator(".widget-text input").last.fill("0.5")
+    page.keyboard.press("Tab")
+    seen.button("Calibrate").click()
+    expect(seen.button("to calibrated")).to_contain_text(".", timeout=slow)
+    seen.button("to calibrated").click()
+    for score in ("s_only", "wanda", "cho_rej_min_std"): seen.box(score).check()
+    expect(seen.html.filter(has_text="looking")).to_have_count(0, timeout=slow)
+    expect(seen.status).to_have_count(0, timeout=slow)
+    page.locator(".jp-OutputArea-output .widget-vbox").first.screenshot(path=ROOT / os.environ["MODLAB_SCREENSHOT"])
     assert not page.errors
