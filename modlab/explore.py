@@ -181,7 +181,7 @@ def wire(x:"Explorer") -> None:
     for button, ask in ((ui.go, x.write), (ui.stop, x.stop), (ui.fit, x.fit), (ui.quit, x.close)): button.on_click(ask)
     ui.to.on_click(lambda _: setattr(ui.c, "value", x.calibrated))
 
-# %% ../nbs/22_explore.ipynb #7b6d6246
+# %% ../nbs/22_explore.ipynb #951b91d0
 class Explorer(Study):
     "The live exploration: a page of widgets (`ui`, `box`) and the threads behind them. `error` is the last error shown."
     def __init__(self, *args, options:dict, **kwargs):
@@ -199,9 +199,7 @@ class Explorer(Study):
     def fit(self, *_) -> Future|None: return self.writer.ask(lambda stale: (fit(self, stale), catch_up(self, stale)))
     def redraw(self, *_) -> Future|None: return self.pen.ask(lambda stale: show_doses(self))
     def look(self, *_) -> Future|None: return self.lens.ask(lambda stale: show_spectrum(self, stale))
-    def move(self, change) -> Future|None:
-        self.c = change["new"]
-        return self.redraw() and self.write()
+    def move(self, change) -> None: self.c = change["new"]; self.redraw(); self.write()
 
     def close(self, *_) -> None:
         "Stop all work, wait until it has ended, and leave the model as it was found. What was measured stays."

@@ -1,7 +1,6 @@
 """The explorer as a user sees it: JupyterLab on the loopback, a real browser, a notebook run from its menu.
 
-Started by `make browser-test`. With MODLAB_SCREENSHOT=docs/screenshots/explore.png there is a picture for the documentation
-besides: the default model and an adapter that is trained for it, some minutes."""
+Started by `make browser-test`; MODLAB_SCREENSHOT=docs/screenshots/explore.png keeps a picture of it for the documentation."""
 import os
 import re
 import socket
@@ -17,6 +16,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 from platformdirs import user_cache_dir
 from playwright.sync_api import Page, expect, sync_playwright
 
+expect.set_options(timeout=180_000)  # machines that build are often busy ones
+
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
@@ -27,8 +28,12 @@ from modlab import ModulatedPiSSA, explore, load_pairs, tiny_model
 model, tok = tiny_model()
 adapter = ModulatedPiSSA(model, r=16, selection_score="s_only", extract=False, init=(0.04, 0.4),
                          generator=torch.Generator().manual_seed(0))
+strange = [n for n in range(len(tok)) if not tok.decode([n]).isascii() or not tok.decode([n]).isalpha()]
 """
-SHOW = "e = explore(model, tok, adapter, load_pairs('test')[:4], calibrated=0.6, min_new_tokens=250, max_new_tokens=250)\ne"
+SHOW = """
+e = explore(model, tok, adapter, load_pairs('test')[:4], calibrated=0.6, max_new_tokens=250, suppress_tokens=strange)
+e
+"""
 HOOKS = "print('hooks', sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()), adapter.attached)"
 
 
@@ -38,7 +43,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def wait_for(url: str, server: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(url: str, server: subprocess.Popen, seconds: float = 180) -> None:
     "Until the server answers; an error with its own words if it ends or does not."
     end = time.monotonic() + seconds
     while time.monotonic() < end and server.poll() is None:
@@ -89,9 +94,9 @@ def run_all(page: Page, lab: str, folder: Path, *cells: str) -> None:
     nb.metadata.kernelspec = dict(name="python3", display_name="Python 3", language="python")
     nbformat.write(nb, folder / "explorer.ipynb")
     page.goto(f"{lab}/lab/tree/explorer.ipynb?reset")
-    expect(page.locator(".jp-Notebook")).to_be_visible(timeout=60_000)
+    expect(page.locator(".jp-Notebook")).to_be_visible()
     # Run before the kernel is there, and a dialog asks which one it should be.
-    expect(page.get_by_role("button", name="Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
+    expect(page.get_by_role("button", name="Python 3 (ipykernel) | Idle")).to_be_visible()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator("li[data-command='runmenu:run-all']").click()
 
@@ -111,7 +116,7 @@ class Seen:
     def spectrum(self) -> str: return self.images.nth(1).get_attribute("src")
 
 
-def until(true, what: str, seconds: float = 30) -> None:
+def until(true, what: str, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"not in {seconds} s: {what}"
@@ -121,9 +126,9 @@ def until(true, what: str, seconds: float = 30) -> None:
 def test_explorer(lab, page, tmp_path):
     run_all(page, lab, tmp_path, TINY, SHOW, HOOKS)
     seen = Seen(page)
-    expect(seen.text).to_contain_text("steered, c = +0.60", timeout=60_000)
-    expect(seen.reading).to_contain_text("measured", timeout=30_000)
-    expect(seen.status).to_have_count(0, timeout=30_000)  # neither writing nor measuring
+    expect(seen.text).to_contain_text("steered, c = +0.60")
+    expect(seen.reading).to_contain_text("measured")
+    expect(seen.status).to_have_count(0)  # neither writing nor measuring
     until(lambda: seen.images.count() == 2, "two figures")
 
     text, doses, spectrum = seen.text.inner_text(), seen.doses(), seen.spectrum()
@@ -136,6 +141,9 @@ def test_explorer(lab, page, tmp_path):
 
     seen.box("wanda").check()
     until(lambda: seen.spectrum() != spectrum, "the spectrum is drawn with another score")
+    expect(seen.reading).to_contain_text("measured")
+    picture = ROOT / os.environ.get("MODLAB_SCREENSHOT", tmp_path / "explore.png")
+    page.locator(".jp-OutputArea-output .widget-vbox").first.screenshot(path=picture)
 
     seen.box("chat").uncheck()
     seen.prompt.fill("")
@@ -159,33 +167,4 @@ def test_explorer(lab, page, tmp_path):
     page.locator(".jp-CodeCell .jp-InputArea-editor").last.click()
     page.keyboard.press("Control+Enter")
     expect(page.locator(".jp-OutputArea-output", has_text="hooks 0 False")).to_be_visible()
-    page.screenshot(path=tmp_path / "explorer.png")
-    assert not page.errors
-
-
-TRAINED = """
-import torch
-from modlab import *
-model, tok = load_model()
-pairs, band = load_pairs("train")[::7], (0.3, 0.7)
-X = capture_activations(model, tok, pairs, LoRAConfig(layer_range=band))
-adapter = ModulatedPiSSA(model, layer_range=band, calibration_activations=X, extract=False, init=(0.0, 0.0))
-contrast(model, tok, adapter, pairs[:16], ContrastConfig(lr=1e-1, epochs=2, batch_size=2, val_frac=0.0))
-"""
-
-
-@pytest.mark.skipif("MODLAB_SCREENSHOT" not in os.environ, reason="a picture is made when MODLAB_SCREENSHOT names its file")
-def test_picture(lab, page, tmp_path):
-    run_all(page, lab, tmp_path, TRAINED, "explore(model, tok, adapter, load_pairs('test')[::6])")
-    seen, slow = Seen(page), 900_000
-    expect(seen.reading).to_contain_text("measured", timeout=slow)
-    page.locator(".widget-text input").last.fill("0.5")
-    page.keyboard.press("Tab")
-    seen.button("Calibrate").click()
-    expect(seen.button("to calibrated")).to_contain_text(".", timeout=slow)
-    seen.button("to calibrated").click()
-    for score in ("s_only", "wanda", "cho_rej_min_std"): seen.box(score).check()
-    expect(seen.html.filter(has_text="looking")).to_have_count(0, timeout=slow)
-    expect(seen.status).to_have_count(0, timeout=slow)
-    page.locator(".jp-OutputArea-output .widget-vbox").first.screenshot(path=ROOT / os.environ["MODLAB_SCREENSHOT"])
     assert not page.errors
