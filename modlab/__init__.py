@@ -8,6 +8,7 @@ from .calibration import capture_activations, capture_statistics
 from .checkpoint import read_metadata
 from .contrast import ContrastConfig, ContrastRun, contrast, gradient_cosine
 from .divergence import AGGREGATES, aggregate, barrier, kl_fwd, kl_rev, token_nll
+from .explore import Explorer, explore
 from .heal import HealConfig, HealRun, heal
 from .interop import from_peft, to_peft
 from .lora import ModulatedLoRA
@@ -20,6 +21,7 @@ from .plots import (
 from .readout import Readout, answer_ids, answer_rows
 from .selection import ProjectionStats, SCORES, chance_overlap, choose, overlap, project, selection_scores, tail_depth
 from .svd import thin_svd, thin_svds
+from .study import Study
 from .sweep import Calibration, calibrate_c, kl_curve
 from .targets import LoRAConfig, block_of, block_stacks, find_targets, role_of, target_table
 from .text import Batch, batches, collate, encode, encode_records, sides_of

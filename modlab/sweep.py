@@ -92,6 +92,7 @@ def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # de
              cs:Sequence[float], # doses
              batch_size:int=8, # sequences a forward
              max_len:int=512, # tokens
+             progress:bool=True, # show a bar
             ) -> pd.DataFrame:
     """One row per dose: c; mean, rmse, p95, max over tokens of KL(c‖0) (`kl_rev_…`) and KL(0‖c) (`kl_fwd_…`), in nats, on the
     chosen answers or completions; their nll; for pairs also nll_rej and margin = nll_rej − nll; n_tokens."""
@@ -100,7 +101,7 @@ def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # de
     with adapter(model, 0.0):
         readout = Readout(model, text[0], [adapter])
         parts = [compared(readout, r, list(at_doses(adapter, readout, r.batch, cs)))
-                 for r in tqdm(readings(readout, text), desc="doses", leave=False, delay=1)]
+                 for r in tqdm(readings(readout, text), desc="doses", leave=False, delay=1, disable=not progress)]
         rejected = rejected_nll(adapter, readout, other, cs) if len(sides) > 1 else None
     tokens = torch.cat(parts, -1)
     table = pd.DataFrame([dict(c=c) | summary(t) for c, t in zip(cs, tokens)])

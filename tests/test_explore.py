@@ -1,0 +1,391 @@
+"""The study and the explorer without a browser: callbacks are called, and what they wrote into the widgets is read."""
+import html
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import browser_test
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from models import adapter_of, changes, state
+
+from modlab import Calibration, ModulatedLoRA, ModulatedPiSSA, Study, explore, load_pairs, tiny_model
+from modlab.explore import Latest, beside, page, reading
+from modlab.study import Stale, breaking_off, measure, nearest, spectra, static, write_beside
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PAIRS = [dict(prompt=f"question {n}", cho="abcdefgh"[: 2 + n % 5] * 3, rej="xyz" * (1 + n % 3)) for n in range(4)]
+SAMPLES = [dict(prompt=f"q{n}", completion="abc" * (n + 1)) for n in range(4)]
+KINDS = ["lora", "pissa-unextracted", "pissa-extracted"]
+
+
+def never() -> bool: return False
+
+
+def hooks(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def plain(text: str) -> str:
+    return html.unescape(re.sub("<[^>]*>", "", text))
+
+
+@pytest.fixture
+def opened():
+    "Makes explorers, and closes them whatever happens."
+    made = []
+    def make(kind="pissa-unextracted", records=PAIRS, **kw):
+        model, tok = tiny_model()
+        options = dict(cs=[-1, 1], max_new_tokens=6, min_new_tokens=6, widgets=True) | kw
+        made.append(explore(model, tok, adapter_of(kind, model), records, **options))
+        return made[-1]
+    yield make
+    for e in made: e.close()
+
+
+# ---- text ----
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_rows_are_two_texts(kind):
+    model, tok = tiny_model()
+    a, seen, options = adapter_of(kind, model), [], dict(max_new_tokens=12, min_new_tokens=12)
+    before = state(model)
+    write_beside(model, tok, a, "a question", 1.5, seen.append, never, **options)
+    ids = tok("a question", return_tensors="pt")
+    for row, c in enumerate((0.0, 1.5)):
+        with a(model, c): alone = model.generate(**ids, do_sample=False, pad_token_id=0, **options)
+        assert seen[-1][row] == tok.decode(alone[0, ids.input_ids.shape[1]:], skip_special_tokens=True)
+    assert seen[0] == ["", ""] and len(seen) == 13 and seen[-1][0] != seen[-1][1]
+    assert not a.attached and not hooks(model) and not changes(before, model)
+
+
+def test_a_text_stops_when_asked_to():
+    model, tok = tiny_model()
+    a, seen = adapter_of("lora", model), []
+    write_beside(model, tok, a, "a question", 1.0, seen.append, lambda: len(seen) >= 3, max_new_tokens=200, min_new_tokens=200)
+    assert len(seen) < 6 and not a.attached
+
+
+def test_an_error_in_the_middle_of_a_text_leaves_nothing():
+    model, tok = tiny_model()
+    a = adapter_of("lora", model)
+    def broken(texts):
+        if texts[0]: raise OSError("the page is gone")
+    with pytest.raises(OSError, match="gone"): write_beside(model, tok, a, "a question", 1.0, broken, never, max_new_tokens=20)
+    with pytest.raises(ValueError, match="no token"): write_beside(model, tok, a, "", 1.0, broken, never)
+    assert not a.attached and not hooks(model)
+
+
+def test_texts_are_escaped():
+    assert "<script>" not in beside("<script>", "<script>x</script>", 1.0)
+
+
+# ---- curve and spectrum ----
+
+def test_between_measured_doses_the_curve_is_interpolated():
+    curve = pd.DataFrame(dict(c=[-1.0, 0, 2], kl_rev_mean=[1.0, 0, 4], nll=[3.0, 1, 2]))
+    assert nearest(curve, 1.0) == pytest.approx(dict(kl_rev_mean=1.0, nll=1.5))
+    assert nearest(curve, -1.0) == dict(kl_rev_mean=1.0, nll=3.0) and np.isnan(nearest(curve, 3.0)["nll"])
+    full = curve.assign(kl_rev_p95=curve["kl_rev_mean"])
+    assert "interpolated" in reading(full, 1.0) and "completion 1.500 (+0.500)" in plain(reading(full, 1.0))
+    assert "measured" in reading(full, 2.0) and "measuring" in reading(full, 3.0) and "measuring" in reading(full[:0], 0.0)
+
+
+def test_a_study_measures_the_dose_of_now_first_and_keeps_what_it_has():
+    model, tok = tiny_model()
+    x = Study(model, tok, adapter_of("lora", model), PAIRS, [-2, -1, 1, 2], calibrated=0.3)
+    assert x.c == 0.3 and x.pending() == [0.3, 0.0, -1.0, 1.0, -2.0, 2.0]
+    turns = iter([False] * 4)  # asked by the loop, and before each forward
+    with pytest.raises(Stale): measure(x, lambda: next(turns, True))
+    assert len(x.curve) == 0 and not x.adapter.attached and not hooks(model)
+    seen = []
+    measure(x, lambda: len(seen) == 1, lambda: seen.append(x.curve["c"].tolist()))
+    assert seen == [[-1.0, 0.0, 0.3]], "told to stop, and what was measured is kept"
+    measure(x, never)
+    assert x.curve["c"].tolist() == [-2, -1, 0, 0.3, 1, 2] and not x.pending()
+
+
+def test_what_other_scores_would_choose_is_what_they_choose():
+    for kind in KINDS[1:]:
+        model, tok = tiny_model()
+        a = adapter_of(kind, model)
+        x = Study(model, tok, a, load_pairs("test")[:3], [1])
+        name = list(a.layers)[3]
+        table = spectra(x, name, ["s_only", "wanda"], never).pivot(index="index", columns="mode", values="chosen")
+        fresh, _ = tiny_model()
+        from modlab import capture_activations
+        X = capture_activations(fresh, tok, x.records, a.cfg)
+        for mode in ("s_only", "wanda"):
+            other = ModulatedPiSSA(fresh, r=a.cfg.r, targets=a.cfg.targets, selection_score=mode, calibration_activations=X,
+                                   extract=False)
+            assert table.index[table[mode]].tolist() == other.chosen_idx[name].tolist(), (kind, mode)
+        assert table.index[table["held"]].tolist() == a.chosen_idx[name].tolist() and not a.attached
+
+
+def test_samples_have_no_pairs_score():
+    model, tok = tiny_model()
+    a = adapter_of("pissa-unextracted", model)
+    x, name = Study(model, tok, a, SAMPLES, [1]), next(iter(a.layers))
+    assert set(spectra(x, name, ["act_only"], never)["mode"]) == {"held", "act_only"}
+    with pytest.raises(ValueError, match="cho"): spectra(x, name, ["cho_rej_min_std"], never)
+
+
+def test_breaking_off_takes_its_hook_along():
+    model, tok = tiny_model()
+    text, seen = tok("a", return_tensors="pt"), []
+    with pytest.raises(Stale), breaking_off(model, lambda: True):
+        elsewhere = threading.Thread(target=lambda: seen.append(model(**text)))
+        elsewhere.start(), elsewhere.join()
+        assert seen, "other threads are let through"
+        model(**text)
+    assert not hooks(model)
+
+
+@pytest.mark.parametrize("bad, match", [(dict(cs=[0]), "other than 0"), (dict(cs=[float("nan")]), "finite"),
+                                        (dict(records=[]), "no records"), (dict(records=[dict(prompt="a")]), "record 0")])
+def test_bad_arguments(bad, match):
+    model, tok = tiny_model()
+    kw = dict(records=PAIRS) | bad
+    with pytest.raises(ValueError, match=match): explore(model, tok, adapter_of("lora", model), **kw)
+    other, _ = tiny_model()
+    with pytest.raises(ValueError, match="another model"): explore(other, tok, adapter_of("lora", model), PAIRS)
+
+
+# ---- threads ----
+
+def test_the_newest_request_wins():
+    began, go, ran = threading.Event(), threading.Event(), []
+    worker = Latest(ran.append)
+    def first(stale):
+        began.set()
+        go.wait(10)
+        ran.append(("first", stale()))
+    worker.ask(first)
+    began.wait(10)
+    skipped, last = worker.ask(lambda stale: ran.append("second")), worker.ask(lambda stale: ran.append(("third", stale())))
+    go.set()
+    last.result(10), skipped.result(10)
+    assert ran == [("first", True), ("third", False)]
+    worker.close()
+    assert worker.ask(first) is None and len(ran) == 2
+
+
+def test_a_thread_survives_an_error():
+    errors = []
+    worker = Latest(errors.append)
+    worker.ask(lambda stale: 1 / 0).result(10)
+    assert worker.ask(lambda stale: errors.append("next")).result(10) is None
+    worker.close()
+    assert isinstance(errors[0], ZeroDivisionError) and errors[1:] == ["next"]
+
+
+# ---- the page ----
+
+def settled(e) -> None:
+    "Until no request is on its way."
+    for ask in (e.write, e.look, e.redraw): ask().result(60)
+    e.redraw().result(60)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moving_the_slider(opened, kind):
+    e = opened(kind)
+    settled(e)
+    text, doses = e.ui.text.value, e.ui.doses.value
+    e.ui.c.value = -0.7
+    settled(e)
+    assert e.c == -0.7 and np.isclose(e.curve["c"], -0.7).any() and len(e.curve) == 4  # 0 and the two ends besides
+    assert "c = -0.70" in e.ui.text.value and e.ui.text.value != text
+    assert e.ui.doses.value != doses and bytes(e.ui.doses.value[:4]) == b"\x89PNG"
+    assert "measured" in e.ui.reading.value and e.ui.status.value == "" and e.error is None
+    assert not e.adapter.attached and not hooks(e.model)
+
+
+def test_dragging_ends_at_the_last_place(opened):
+    e = opened(max_new_tokens=200, min_new_tokens=200)
+    for c in np.linspace(0.9, -0.9, 40): e.ui.c.value = float(c)
+    e.stop().result(60)  # what was being written stops at once, and the curve is measured where the slider stands
+    assert e.c == -0.9 and np.isclose(e.curve["c"], -0.9).any() and len(e.curve) <= 6
+
+
+def test_stop_keeps_what_was_written(opened):
+    e = opened(max_new_tokens=400, min_new_tokens=400)
+    started = e.write()
+    end = time.monotonic() + 30
+    while not e.texts[0] and time.monotonic() < end: time.sleep(0.01)
+    e.ui.stop.click()
+    started.result(10)
+    written = e.texts
+    e.stop().result(60)
+    assert written[0] and e.texts == written and e.ui.status.value == ""
+
+
+def test_an_error_is_said_and_the_next_request_works(opened):
+    e = opened()
+    e.ui.chat.value, e.ui.prompt.value = False, ""
+    e.write().result(60)
+    assert plain(e.ui.status.value) == f"ValueError {e.error}" and "no token" in e.ui.status.value and not hooks(e.model)
+    e.ui.prompt.value = "a question"
+    settled(e)
+    assert e.ui.status.value == "" and e.texts[0]
+
+
+def test_errors_are_escaped_and_those_of_the_spectrum_stand_beside_it(opened, monkeypatch):
+    e = opened()
+    def broken(*args): raise RuntimeError("<b>no</b>")
+    monkeypatch.setattr(sys.modules["modlab.explore"], "spectra", broken)  # modlab.explore is the function
+    e.look().result(60)
+    assert "&lt;b&gt;no" in e.ui.note.value and "RuntimeError" in e.ui.note.value
+    e.write().result(60)
+    assert e.ui.status.value == ""
+
+
+def test_an_adapter_in_use_is_an_error_on_the_page(opened):
+    e = opened()
+    settled(e)
+    with e.adapter(e.model, 1.0):
+        e.ui.c.value = 0.33
+        e.write().result(60)
+        assert "attached already" in e.ui.status.value and e.adapter.c == 1.0, "somebody else's block is left alone"
+    settled(e)
+    assert e.ui.status.value == ""
+
+
+def test_picking_a_layer_and_scores(opened):
+    e = opened(records=load_pairs("test")[:2])
+    settled(e)
+    seen = [e.ui.spectrum.value]
+    for control, value in ((e.ui.layer, e.ui.layer.options[-1]), *((b, True) for b in e.ui.scores)):
+        control.value = value
+        e.look().result(60)
+        assert e.ui.note.value == "" and e.ui.spectrum.value not in seen
+        seen.append(e.ui.spectrum.value)
+    assert not hooks(e.model)
+
+
+def test_a_lora_has_no_spectrum(opened):
+    e = opened("lora")
+    e.look().result(60)
+    assert "no spectrum" in e.ui.note.value and e.ui.layer.layout.display == e.ui.spectrum.layout.display == "none"
+
+
+def test_calibrating(opened):
+    e = opened(records=load_pairs("test")[:4])
+    e.ui.budget.value = 1e-3
+    settled(e)
+    assert e.ui.to.disabled
+    e.fit().result(60)
+    assert 0 < e.calibrated < 1 and f"{e.calibrated:+.2f}" in e.ui.to.description and np.isclose(e.curve["c"], e.calibrated).any()
+    e.ui.to.click()
+    assert e.c == e.calibrated
+    e.ui.budget.value = 500.0
+    e.fit().result(60)
+    assert "no dose between 0 and 1" in e.ui.status.value and not e.adapter.attached
+
+
+def test_a_calibration_that_failed_marks_nothing():
+    model, tok = tiny_model()
+    nan = float("nan")
+    lost = Calibration(nan, False, nan, nan, 0, (nan, nan), 1.0, "p95", (1, 1))
+    assert Study(model, tok, adapter_of("lora", model), PAIRS, [1], lost).calibrated is None
+
+
+@pytest.mark.parametrize("moment", ["writing", "measuring"])
+def test_closing_in_the_middle_leaves_the_model_free(opened, moment):
+    e = opened(max_new_tokens=400 if moment == "writing" else 1, min_new_tokens=1, cs=list(range(1, 40)))
+    end = time.monotonic() + 30
+    while moment not in e.ui.status.value and time.monotonic() < end: time.sleep(0.001)
+    assert moment in e.ui.status.value
+    e.ui.quit.click()
+    assert not e.adapter.attached and not hooks(e.model) and e.adapter.c == 0
+    assert "free" in e.ui.status.value and e.ui.c.disabled and e.ui.go.disabled
+    assert e.write() is None and e.redraw() is None
+    e.ui.c.value = 3.0  # a late event is no error
+    e.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("modlab-explore")]
+
+
+def test_a_second_one_on_the_same_model_closes_the_first(opened):
+    e = opened()
+    second = explore(e.model, e.tok, e.adapter, PAIRS, cs=[1], widgets=True, max_new_tokens=2)
+    assert e.ui.c.disabled and "free" in e.ui.status.value and not second.ui.c.disabled
+    settled(second)
+    assert second.error is None
+    second.close()
+
+
+# ---- without a page ----
+
+@pytest.mark.parametrize("kind", ["lora", "pissa-unextracted"])
+def test_without_a_page_there_is_a_figure(kind):
+    model, tok = tiny_model()
+    assert not page()
+    x = explore(model, tok, adapter_of(kind, model), SAMPLES, cs=[-1, 1], calibrated=0.5)
+    assert type(x) is Study and "figure" in repr(x) and x.curve["c"].tolist() == [-1, 0, 0.5, 1]
+    kl, right, nll = x.figure.axes
+    assert plt.fignum_exists(x.figure.number) and kl.lines and nll.lines
+    assert right.lines if kind != "lora" else "no spectrum" in right.texts[0].get_text()
+    assert not hooks(model)
+    x.close(), plt.close(x.figure)
+
+
+def test_a_fresh_adapter_is_drawn_too():
+    model, tok = tiny_model()
+    x = static(Study(model, tok, ModulatedLoRA(model, r=2), SAMPLES, [1]))
+    x.figure.canvas.draw()
+    assert not x.curve["kl_rev_max"].any()
+    plt.close(x.figure)
+
+
+def test_a_page_is_known_by_its_server(monkeypatch):
+    shell = type("Shell", (), dict(kernel=object(), user_ns={}))()
+    fake = type(sys)("IPython")
+    fake.get_ipython = lambda: shell
+    monkeypatch.setitem(sys.modules, "IPython", fake)
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    assert not page(), "a kernel that executes a notebook as a batch"
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebook.ipynb")
+    assert page()
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    assert not page()
+    monkeypatch.delenv("JPY_SESSION_NAME")
+    monkeypatch.delitem(sys.modules, "ipywidgets")
+    shell.user_ns["__vsc_ipynb_file__"] = "notebook.ipynb"
+    assert page()
+    del shell.__class__.kernel
+    assert not page(), "a terminal"
+
+
+def test_without_ipywidgets():
+    code = """
+import sys; sys.modules["ipywidgets"] = None
+from modlab import ModulatedLoRA, explore, tiny_model
+model, tok = tiny_model()
+a, records = ModulatedLoRA(model, r=2), [dict(prompt="a", completion="bc")]
+print(explore(model, tok, a, records, cs=[1]).figure is not None)
+try: explore(model, tok, a, records, cs=[1], widgets=True)
+except ImportError as e: print(e)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=None)
+    assert done.stdout.splitlines() == ["True", "widgets=True needs ipywidgets; run: pip install ipywidgets"], done.stderr[-2000:]
+
+
+# ---- the browser test, where there is no browser ----
+
+@pytest.mark.parametrize("arguments, code", [([], 1), (["--if-possible"], 0)])
+def test_without_a_browser_it_is_said(arguments, code, monkeypatch, capsys):
+    monkeypatch.delenv("MODLAB_CHROMIUM", raising=False)
+    monkeypatch.setattr(browser_test, "NAMES", ())
+    monkeypatch.setattr(browser_test, "install_chromium", lambda: None)
+    assert browser_test.main(arguments) == code and "NOT RUN" in capsys.readouterr().out
+
+
+def test_with_a_browser_a_failure_is_a_failure(monkeypatch, tmp_path):
+    monkeypatch.setenv("MODLAB_CHROMIUM", "a browser")
+    monkeypatch.setattr(browser_test, "install_driver", lambda: None)
+    (tmp_path / "test_it.py").write_text("def test(): assert False")
+    assert browser_test.main(["--if-possible", str(tmp_path), "-q", "-p", "no:cacheprovider"]) == 1
