@@ -91,7 +91,7 @@ def in_force(adapters:Iterable[Adapter]) -> Iterator[None]:
     finally:
         for a in adapters: a.bakes -= 1
 
-# %% ../nbs/12_bake.ipynb #8e07659f
+# %% ../nbs/12_bake.ipynb #62d51286
 class HistoryBake(Stacked):
     "A history on the base model as one hook a layer, from construction until `remove()` or the end of a `with` block."
     def __init__(self, model:nn.Module, # that every adapter was built on
@@ -102,6 +102,7 @@ class HistoryBake(Stacked):
         super().__init__(model, layers, {name: stacked(total, name) for name in layers})
         self._leave.enter_context(in_force(total))
         self.adapters = len(total)
+        self.table = pd.DataFrame([dict(adapter=type(a).__name__, layers=len(a.layers), c=c) for a, c in total.items()])
         logger.info("%r", self)
 
     def _check(self, total:Mapping[Adapter, float]) -> None:
@@ -115,6 +116,7 @@ class HistoryBake(Stacked):
         self.gate = is_active
 
     def __repr__(self) -> str: return describe(self)
+    def _repr_html_(self) -> str: return f"<b>{describe(self)}</b>{self.table.to_html(index=False)}"
 
 # %% ../nbs/12_bake.ipynb #93d7385b
 def describe(bake:HistoryBake) -> str:

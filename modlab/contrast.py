@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gradient_cosine', 'ContrastConfig', 'ContrastRun', 'contrast']
 
-# %% ../nbs/19_contrast.ipynb #22ae0187
+# %% ../nbs/19_contrast.ipynb #2cad6f8d
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ from .heal import Encoded, counts, encode_sample, reference_states
 from .readout import Readout, answer_ids
 from .targets import block_of, block_stacks, role_of
 from .text import Batch, collate, encode, sides_of
-from .training import NonFiniteLoss, TrainConfig, check_count, evaluating, train
+from .training import NonFiniteLoss, Shown, TrainConfig, check_count, evaluating, train
 
 # %% ../nbs/19_contrast.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
@@ -240,9 +240,9 @@ def trained(model:nn.Module, adapter:Adapter, pairs:Sequence[Pair], cfg:Contrast
         apart = dict(terms=dict(rest=1.0, push_plus=0.5, push_minus=0.5), combine=without_conflict) if cfg.pcgrad else {}
         return train(adapter, lambda indices: pair_losses(*read(indices), cfg), len(pairs), cfg, show=postfix, **apart)
 
-# %% ../nbs/19_contrast.ipynb #03d8d3b3
+# %% ../nbs/19_contrast.ipynb #d526ba1d
 @dataclass(frozen=True, repr=False)
-class ContrastRun:
+class ContrastRun(Shown):
     "A finished run."
     adapter: Adapter # the one that was given, detached
     log: pd.DataFrame # step, epoch, split, nll_cho (at +C), nll_rej (at -C), margin_plus, margin_minus, kl, loss, lr

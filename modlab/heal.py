@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HealConfig', 'HealRun', 'heal']
 
-# %% ../nbs/18_heal.ipynb #32344b3f
+# %% ../nbs/18_heal.ipynb #991d1d50
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ from .lora import ModulatedLoRA
 from .readout import Readout, answer_ids, answer_rows
 from .targets import LoRAConfig, linear_layers
 from .text import Batch, collate, encode, sides_of
-from .training import NonFiniteLoss, TrainConfig, check_count, digest, evaluating, processes, train
+from .training import NonFiniteLoss, Shown, TrainConfig, check_count, digest, evaluating, processes, train
 from .weights import rounds
 
 # %% ../nbs/18_heal.ipynb #9f742e37
@@ -167,9 +167,9 @@ def postfix(row:dict) -> dict[str, str]:
     share = 1 - row["nll"] / row["loss"] if row["loss"] else 0.0
     return dict(nll=f"{row['nll']:.3f}", kl=f"{row['kl']:.3f}", barrier=f"{share:.0%}")
 
-# %% ../nbs/18_heal.ipynb #43ba350a
+# %% ../nbs/18_heal.ipynb #f7ba008f
 @dataclass(frozen=True, repr=False)
-class HealRun:
+class HealRun(Shown):
     "A finished run."
     adapter: ModulatedLoRA # detached
     log: pd.DataFrame # step, epoch, split, nll, kl, barrier, loss, lr, grad_norm; now and then grad_nll, grad_barrier, grad_ratio

@@ -123,8 +123,8 @@ def crossing(f, target:float, lo:float, hi:float, tol:float) -> tuple[float, flo
         a, b = (best, b) if best[1] < target else (a, best)
     return math.nan, best[1]
 
-# %% ../nbs/16_sweep.ipynb #cd66df22
-@dataclass(frozen=True)
+# %% ../nbs/16_sweep.ipynb #d87f8d60
+@dataclass(frozen=True, repr=False)
 class Calibration:
     "A dose for a budget. `c`, `kl` and the held-out values are NaN where the budget is out of reach."
     c: float
@@ -136,6 +136,15 @@ class Calibration:
     target_kl: float # nats
     stat: str # the aggregate
     n_tokens: tuple[int, int] # answer tokens it was fitted on, held out
+
+    def __repr__(self) -> str:
+        text = f"a {self.stat} KL of {self.target_kl:g} nats"
+        cost = f"{self.forwards} forwards, {self.n_tokens[0]} and {self.n_tokens[1]} tokens"
+        if not self.reached: return f"Calibration: no c in the bracket has {text}; {cost}"
+        return (f"Calibration: c = {self.c:+.3f} for {text} has {self.kl:.3g}, and {self.kl_held_out:.3g} on unseen text (95 %: "
+                f"{self.interval[0]:.3g} to {self.interval[1]:.3g}); {cost}")
+
+    def _repr_html_(self) -> str: return f"<b>c = {self.c:+.3f}</b> {self!r}" if self.reached else f"<b>not reached</b> {self!r}"
 
 # %% ../nbs/16_sweep.ipynb #850b2549
 def bootstrap(kl:Float[Tensor, "n"], record:Int[Tensor, "n"], stat:str, draws:int=500) -> tuple[float, float]:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NonFiniteLoss']
 
-# %% ../nbs/17_training.ipynb #cc630e4e
+# %% ../nbs/17_training.ipynb #be0078ea
 import hashlib
+import html
 import json
 import math
 import os
@@ -140,6 +141,13 @@ class Run:
         return parts[max(0, self.step - epoch * len(parts)):]
 
     def log(self) -> pd.DataFrame: return pd.DataFrame(self.rows)
+
+# %% ../nbs/17_training.ipynb #feda5cbe
+class Shown:
+    "What `repr` says, and the log by epoch, for a notebook. For classes with a `log`."
+    def _repr_html_(self) -> str:
+        by = self.log.groupby(["epoch", "split"]).mean(numeric_only=True).drop(columns=["step", "lr"]).dropna(axis=1, how="all")
+        return f"<b>{html.escape(repr(self))}</b>{by.unstack('split').dropna(axis=1, how='all').round(3).to_html(na_rep='')}"
 
 # %% ../nbs/17_training.ipynb #aa54ebb4
 class NonFiniteLoss(RuntimeError):
