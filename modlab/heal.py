@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HealConfig', 'HealRun', 'heal']
 
-# %% ../nbs/18_heal.ipynb #991d1d50
+# %% ../nbs/18_heal.ipynb #f2e4f48c
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ from .lora import ModulatedLoRA
 from .readout import Readout, answer_ids, answer_rows
 from .targets import LoRAConfig, linear_layers
 from .text import Batch, collate, encode, sides_of
-from .training import NonFiniteLoss, Shown, TrainConfig, check_count, digest, evaluating, processes, train
+from .training import NonFiniteLoss, Shown, TrainConfig, check_count, digest, evaluating, first_only, processes, train
 from .weights import rounds
 
 # %% ../nbs/18_heal.ipynb #9f742e37
@@ -106,7 +106,7 @@ def check_history(model:nn.Module, history:History, cfg:HealConfig) -> None:
             raise RuntimeError(f"a round is extracted from {name} and not in the history: its weight alone is not the base's; "
                                "add it to the history, or restore_base_W() first")
 
-# %% ../nbs/18_heal.ipynb #5b97b950
+# %% ../nbs/18_heal.ipynb #a5d604c5
 States = Float[Tensor, "_ d"] # of one sample
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def reference_states(readout:Readout, encoded:Sequence[Encoded], pad:int, size:i
     "Read every sample as the model is now."
     order, states = sorted(range(len(encoded)), key=lambda n: len(encoded[n][0])), {}
     bar = tqdm([order[k:k + size] for k in range(0, len(order), size)], desc="reference", leave=False,
-               disable=processes(readout.device)[0] > 0)
+               **first_only(processes(readout.device)[0]))
     for part in bar:
         batch = collate([encoded[n] for n in part], pad)
         states.update(zip(part, readout.states(batch).cpu().split(counts(batch))))

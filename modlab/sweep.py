@@ -85,7 +85,7 @@ def rejected_nll(adapter:Adapter, readout:Readout, text:Sequence[Batch], cs:Sequ
         total += torch.stack(nll).cpu()
     return (total / count).tolist()
 
-# %% ../nbs/16_sweep.ipynb #283865e3
+# %% ../nbs/16_sweep.ipynb #d19495de
 @torch.no_grad()
 def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # detached
              records:Sequence[dict], # pairs {prompt, cho, rej} or samples {prompt, completion}
@@ -100,8 +100,9 @@ def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # de
     text, other = (text_batches(tok, records, side, batch_size, max_len) for side in (sides[0], sides[-1]))
     with adapter(model, 0.0):
         readout = Readout(model, text[0], [adapter])
+        shown = {} if progress else dict(disable=True) # otherwise TQDM_DISABLE decides
         parts = [compared(readout, r, list(at_doses(adapter, readout, r.batch, cs)))
-                 for r in tqdm(readings(readout, text), desc="doses", leave=False, delay=1, disable=not progress)]
+                 for r in tqdm(readings(readout, text), desc="doses", leave=False, delay=1, **shown)]
         rejected = rejected_nll(adapter, readout, other, cs) if len(sides) > 1 else None
     tokens = torch.cat(parts, -1)
     table = pd.DataFrame([dict(c=c) | summary(t) for c, t in zip(cs, tokens)])

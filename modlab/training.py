@@ -101,12 +101,16 @@ def gradients(losses:Losses, indices:Sequence[int], params:Sequence[Tensor], nam
         rows += sample_rows(part, found)
     return total, rows
 
-# %% ../nbs/17_training.ipynb #f8ac37c1
+# %% ../nbs/17_training.ipynb #f7da6466
 def processes(device:torch.device) -> tuple[int, int]: # (which one this is, how many there are)
     "Joined with the others if `torchrun` started several."
     if int(os.environ.get("WORLD_SIZE", "1")) == 1: return 0, 1
     state = PartialState(cpu=device.type == "cpu")
     return state.process_index, state.num_processes
+
+def first_only(rank:int) -> dict:
+    "For tqdm: one bar, not one a process. Whether that one is shown is left to tqdm and `TQDM_DISABLE`."
+    return dict(disable=True) if rank else {}
 
 def shared(total:list[Gradient], rows:list[dict], world:int) -> tuple[list[Gradient], list[dict]]:
     "The sums and the samples of all processes."
@@ -284,7 +288,7 @@ def one_epoch(run:Run, epoch:int, keeper:Keeper, bar:tqdm, show:Callable[[dict],
     one_validation(run, epoch)
     if epoch >= 0: keeper.save()
 
-# %% ../nbs/17_training.ipynb #b31e79c7
+# %% ../nbs/17_training.ipynb #7ff60755
 def train(adapter:object, # has parameters() and named_parameters(); attached, if it is to be
           losses:Losses, n:int, # samples are 0 … n-1
           cfg:TrainConfig,
@@ -296,7 +300,7 @@ def train(adapter:object, # has parameters() and named_parameters(); attached, i
     "Train in place; the log has a `train` row a step, a `val` row an epoch. `NonFiniteLoss`; `ValueError`: another run's file."
     run = Run(adapter, losses, n, cfg, terms or {}, combine)
     keeper = Keeper(run, resume, identity or {})
-    with tqdm(total=run.steps, initial=run.step, desc="training", disable=run.rank > 0) as bar:
+    with tqdm(total=run.steps, initial=run.step, desc="training", **first_only(run.rank)) as bar:
         try:
             for epoch in range(-1, cfg.epochs): one_epoch(run, epoch, keeper, bar, show)
         except NonFiniteLoss:
