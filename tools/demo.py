@@ -15,6 +15,7 @@ from lint_notebooks import NOT_COMPANIONS, ROOT, directives
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert.filters import markdown2html, strip_ansi
 
+LONG = {"claims", "does_selection_help", "gradient_cosine", "kl_vs_c", "train_val_nll", "trait"}  # they train: up to an hour each
 VERDICT = re.compile(r"^(SURVIVES|FAILS)\s+(.+)$", re.M)
 
 
@@ -73,13 +74,14 @@ def write_report(entries: list[dict], report: Path) -> Path:
 
 
 def main(names: list[str], root: Path = ROOT) -> int:
-    "Run the named companion notebooks, or all of them; 1 if one of them failed to run."
+    "Run the named companion notebooks, all of them for `all`, or those that do not train; 1 if one of them failed to run."
     report = root / "report"
     shutil.rmtree(report, ignore_errors=True)
     for folder in ("figures", "notebooks", "results"): (report / folder).mkdir(parents=True)
     os.environ["MODLAB_RESULTS"] = str(report / "results")  # the tables in the repository stay as they are
     paths = [p for p in sorted((root / "nbs" / "analysis").glob("*.ipynb")) if p.stem not in NOT_COMPANIONS]
-    paths, entries = [p for p in paths if not names or p.stem in names], []
+    wanted = lambda name: name in names or "all" in names or not (names or name in LONG)
+    paths, entries = [p for p in paths if wanted(p.stem)], []
     for path in paths:
         print(f"{path.stem} …", end=" ", flush=True)
         entries.append(entry := run(path, report))
@@ -88,6 +90,7 @@ def main(names: list[str], root: Path = ROOT) -> int:
         print(f"{entry['seconds']:.0f} s, {outcome}", flush=True)
         if entry["error"]: print(entry["error"], file=sys.stderr, flush=True)
     if not paths: print(f"no companion notebook in {root / 'nbs' / 'analysis'}" + (f" is called {names}" if names else ""))
+    if not names: print(f"left out, since they take up to an hour each: {', '.join(sorted(LONG))}; NOTEBOOKS=all runs them")
     print(f"Look at {write_report(entries, report)}")
     return int(not paths or any(e["error"] for e in entries))
 

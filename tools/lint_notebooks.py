@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_COMPANIONS = {"make_pairs"}  # under nbs/analysis, but asks no question: it makes data, which takes minutes
+NOT_COMPANIONS = {"make_pairs", "walkthrough"}  # under nbs/analysis, but they ask no question: a recipe for data, and a tour
 MAX_EXPORT = 40  # lines of an exported cell: beyond 25 is remarked on, beyond this refused
 DIRECTIVE = re.compile(r"#\| (default_exp [a-z]\w*|export|exporti|hide|slow|notest|eval: false|fig-(alt|cap): \S.*)")
 WORDS = ("default_exp", "export", "exporti", "hide", "slow", "notest", "eval")
