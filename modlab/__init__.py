@@ -16,12 +16,13 @@ from .lowrank import LowRank, fold, stack
 from .models import cache_dir, load_model, load_pairs, tiny_model
 from .pissa import ModulatedPiSSA, PiSSAConfig, selection_table, spectrum_table
 from .plots import (
-    SCORE_COLOURS, STAT_COLOURS, plot_gradient_cosine, plot_kl_vs_c, plot_nll, plot_overlap, plot_selection, plot_tail_depth,
+    SCORE_COLOURS, SIGN_COLOURS, STAT_COLOURS, plot_gradient_cosine, plot_kl_vs_c, plot_nll, plot_overlap, plot_selection,
+    plot_tail_depth,
 )
 from .readout import Readout, answer_ids, answer_rows
 from .selection import ProjectionStats, SCORES, chance_overlap, choose, overlap, project, selection_scores, tail_depth
-from .svd import thin_svd, thin_svds
 from .study import Study
+from .svd import thin_svd, thin_svds
 from .sweep import Calibration, calibrate_c, kl_curve
 from .targets import LoRAConfig, block_of, block_stacks, find_targets, role_of, target_table
 from .text import Batch, batches, collate, encode, encode_records, sides_of

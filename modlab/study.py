@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Study']
 
-# %% ../nbs/21_study.ipynb #77b74f4f
+# %% ../nbs/21_study.ipynb #83fd1b89
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from .adapter import Adapter, check_model
 from .calibration import by_layer, stored
 from .pissa import base_of, projections, spectrum_table
-from .plots import plot_kl_vs_c, plot_selection
+from .plots import SIGN_COLOURS, plot_kl_vs_c, plot_selection
 from .selection import SCORES, choose, same_spectrum, selection_scores
 from .svd import thin_svd
 from .sweep import Calibration, check_doses, kl_curve
@@ -60,8 +60,8 @@ def write_beside(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, 
         model.generate(two, attention_mask=torch.ones_like(two), streamer=Rows(tok, show), stopping_criteria=[Until(stale)],
                        **defaults | options)
 
-# %% ../nbs/21_study.ipynb #d16db64b
-NOW, ANSWERS = "#CC79A7", {"nll": "#0072B2", "nll_rej": "#D55E00"}
+# %% ../nbs/21_study.ipynb #a3938fee
+NOW, ANSWERS = "#CC79A7", {"nll": SIGN_COLOURS[+1], "nll_rej": SIGN_COLOURS[-1]}
 
 def nearest(curve:pd.DataFrame, # in order of c
             c:float,
