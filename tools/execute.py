@@ -19,7 +19,8 @@ def execute(nb, folder: Path) -> None:
     "Run every cell in the folder where the notebook lives; raises at the first cell that does."
     os.environ.update(ENV)
     NotebookClient(nb, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
-                   record_timing=False, coalesce_streams=True, extra_arguments=["--log-level=40"]).execute()  # errors only
+                   record_timing=False, store_widget_state=False, coalesce_streams=True,
+                   extra_arguments=["--log-level=40"]).execute()  # errors only
 
 
 def quiet(nb) -> None:
