@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['Adapter', 'load_adapter']
 
-# %% ../nbs/06_adapter.ipynb #158d2e5d
+# %% ../nbs/06_adapter.ipynb #a5324da3
 import difflib
 import logging
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from numbers import Real
@@ -71,7 +73,7 @@ def check_rows(name:str, x:Tensor, n:int, rows:tuple[int, int]|None) -> None:
         raise ValueError(f"{name} sees {tuple(x.shape)}, from which the {b} rows of {s} tokens cannot be told apart (routed "
                          "experts do this); use one float c, or exclude this layer")
 
-# %% ../nbs/06_adapter.ipynb #79f96a4e
+# %% ../nbs/06_adapter.ipynb #b36d0031
 def layer_input(args:tuple, kwargs:Mapping) -> Tensor:
     "The input of a linear layer, passed by position or under whatever name the layer gives it."
     return args[0] if args else next(iter(kwargs.values()))
@@ -86,13 +88,13 @@ def check_gradient(name:str, layer:nn.Module, x:Tensor, y:Tensor) -> None:
 def low_rank_hook(adapter:"Hooked", name:str, layer:nn.Module, args:tuple, kwargs:dict, y:Tensor) -> Tensor:
     "The forward hook of one layer: `y + factors(name, c)(x)`, or `y` itself where that is certain to be nothing."
     c = adapter.c
-    if isinstance(c, float) and c == 0.0 and not adapter.has_offset: return y
+    if adapter.elsewhere() or isinstance(c, float) and c == 0.0 and not adapter.has_offset: return y
     x, m = layer_input(args, kwargs), adapter.factors(name, c)
     check_gradient(name, layer, x, y)
     if isinstance(c, Tensor): check_rows(name, x, len(c), adapter.rows)
     return y + m(x.to(m.down.dtype)).to(y.dtype)
 
-# %% ../nbs/06_adapter.ipynb #8dd2dc81
+# %% ../nbs/06_adapter.ipynb #604b6a00
 def text_models(model:nn.Module) -> list[nn.Module]:
     "The modules whose inputs tell the batch: the model and its inner models, since either may be called."
     return [m for m in model.modules() if isinstance(m, PreTrainedModel)] or [model]
@@ -106,34 +108,48 @@ def check_model(adapter:"Hooked", model:nn.Module) -> None:
                      f"this {type(model).__name__} (first: {missing[0]}); build it on this one, or load it with from_checkpoint")
 
 def check_entry(adapter:"Dosed", model:nn.Module) -> None:
-    if adapter.attached: raise RuntimeError("the adapter is attached already; leave its with block first, or use set_coeff")
+    if adapter.attached: raise RuntimeError("the adapter is attached already; leave its with block first, or use set_coeff; "
+                                            "where explore shows it, close() that")
     if adapter.bakes: raise RuntimeError("the adapter is part of a history in force and would count twice; remove() that first, "
                                          "or leave its baked block")
     check_model(adapter, model)
 
-# %% ../nbs/06_adapter.ipynb #d1ae831d
+# %% ../nbs/06_adapter.ipynb #eaa3282d
+ALONE = ContextVar("alone", default=False)
+
+@contextmanager
+def here_only() -> Iterator[None]:
+    "An adapter that is attached within the block acts in this thread alone: to all others the model is undosed."
+    token = ALONE.set(True)
+    try: yield
+    finally: ALONE.reset(token)
+
+# %% ../nbs/06_adapter.ipynb #af10d837
 class Hooked:
     "Low-rank maps on named layers, added by forward hooks while attached. Subclasses say what `c` and `factors(name, c)` are."
     layers: dict[str, nn.Module] # full name -> layer
     c: Coeff
     has_offset = False # is there something to add at c = 0?
     attached, rows = False, None # are the hooks there; (b, s) of the running call
+    thread:int|None = None # act in this thread alone; None: in all, since generate may run in another one than the block
 
+    def elsewhere(self) -> bool: return self.thread is not None and self.thread != threading.get_ident()
     def _note_rows(self, module, args, kwargs):  # rows of images are unknown: a row of text may hold any number of them
+        if self.elsewhere(): return
         self.rows = batch_shape(args, kwargs) or (None if "pixel_values" in kwargs else self.rows)
-    def _reset(self): self.attached, self.rows = False, None
+    def _reset(self): self.attached, self.rows, self.thread = False, None, None
 
     def _attach(self, model:nn.Module) -> ExitStack: # closing it detaches
         "Register one hook a layer, and one on each model whose input tells the batch: all of them or none."
         with ExitStack() as leave:
             leave.callback(self._reset)
-            self.attached = True
+            self.attached, self.thread = True, threading.get_ident() if ALONE.get() else None
             for m in text_models(model): leave.callback(m.register_forward_pre_hook(self._note_rows, with_kwargs=True).remove)
             for name, layer in self.layers.items():
                 leave.callback(layer.register_forward_hook(partial(low_rank_hook, self, name), with_kwargs=True).remove)
             return leave.pop_all()
 
-# %% ../nbs/06_adapter.ipynb #cc8d30b2
+# %% ../nbs/06_adapter.ipynb #b4370016
 class Dosed(Hooked):
     "Attached for as long as a `with` block lasts, dosed by `c`."
     _c = 0.0 # the dose; 0 while detached
@@ -142,7 +158,7 @@ class Dosed(Hooked):
     @property
     def c(self) -> Coeff: return self._c # the dose in force; 0 while detached
 
-    def set_coeff(self, c:float|int|Tensor) -> None:
+    def set_coeff(self, c:float|Tensor) -> None:
         "Change the dose inside a `with adapter(model)` block; `RuntimeError` outside of one, `ValueError` for a bad `c`."
         if not self.attached: raise RuntimeError("not attached; use: with adapter(model, c=...) as a: a.set_coeff(...)")
         self._c = as_coeff(c)
@@ -152,7 +168,7 @@ class Dosed(Hooked):
         self._c = 0.0
 
     @contextmanager
-    def __call__(self, model:nn.Module, c:float|int|Tensor=1.0) -> Iterator["Dosed"]:
+    def __call__(self, model:nn.Module, c:float|Tensor=1.0) -> Iterator["Dosed"]:
         "Attach for a `with` block at dose `c`. `ValueError`: another model or a bad `c`; `RuntimeError`: attached already."
         check_entry(self, model)
         dose = as_coeff(c)
@@ -233,7 +249,7 @@ def build(adapter:"Adapter", model:nn.Module, cfg:LoRAConfig, layers:dict[str, n
         of = {n: place(tables[table][n], layer, cfg.factor_dtype) for n, layer in layers.items() if table in tables}
         setattr(adapter, table, {n: nn.Parameter(t.clone()) for n, t in of.items()} if table in adapter.trains else of)
 
-# %% ../nbs/06_adapter.ipynb #ec045a1d
+# %% ../nbs/06_adapter.ipynb #fcdd9e50
 class Adapter(Dosed, Stored):
     "A kind of adapter: named tables of factors, one scalar. Subclasses make the tables and give the slope of the gain."
     kind: ClassVar[str] = "" # how files call it
@@ -257,13 +273,13 @@ class Adapter(Dosed, Stored):
     def slope(self, name:str) -> Float[Tensor, "r"]: raise NotImplementedError # what `c` multiplies
     def offset(self, name:str) -> Float[Tensor, "r"]|None: return None # what the gain is at `c = 0`, if anything
 
-    def factors(self, name:str, c:float|int|Tensor) -> LowRank:
+    def factors(self, name:str, c:float|Tensor) -> LowRank:
         "What layer `name` gets at dose `c`: `down (r, i)`, `gain (r,)` or `(b, r)`, `up (o, r)`. `ValueError`: unknown name."
         check_layer(self, name)
         gain = gain_at(c, self.slope(name), self.offset(name))
         return LowRank(getattr(self, self.down)[name], gain, getattr(self, self.up)[name])
 
-    def delta(self, name:str, c:float|int|Tensor) -> Float[Tensor, "*rows o i"]: return self.factors(name, c).matrix() # (o, i)
+    def delta(self, name:str, c:float|Tensor) -> Float[Tensor, "*rows o i"]: return self.factors(name, c).matrix() # (o, i)
     def parameters(self) -> Iterator[nn.Parameter]: return (p for _, p in self.named_parameters()) # all that trains
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         "All that trains, as `table.layer` and parameter."

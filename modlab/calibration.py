@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['capture_activations', 'capture_statistics']
 
-# %% ../nbs/10_calibration.ipynb #db1d7230
+# %% ../nbs/10_calibration.ipynb #8a8eed1f
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,10 +18,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .adapter import Adapter, layer_input
+from .models import evaluating
 from .selection import ProjectionStats, project
 from .svd import SVD, thin_svds
 from .targets import LoRAConfig, find_targets
-from .text import Batch, batches, sides_of
+from .text import Batch, batches, check_count, sides_of
 from .weights import device_of, guard_4bit, offloading, remaining
 
 # %% ../nbs/10_calibration.ipynb #dab75aee
@@ -57,8 +58,8 @@ def body(model:nn.Module, layers:Mapping[str, nn.Module]) -> nn.Module:
     inner = getattr(model, "base_model", model)
     return inner if set(layers.values()) <= set(inner.modules()) else model
 
-# %% ../nbs/10_calibration.ipynb #df649778
-def first_targets(batch:Batch, n:float|int) -> Batch:
+# %% ../nbs/10_calibration.ipynb #6323f43e
+def first_targets(batch:Batch, n:float) -> Batch:
     "The batch with no more than its first `n` completion tokens marked."
     count = batch.is_target.flatten().cumsum(0).view_as(batch.is_target)
     return replace(batch, is_target=batch.is_target & (count <= n))
@@ -71,7 +72,7 @@ def read_side(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Bat
     inner, start, count = body(model, layers), device_of(model.get_input_embeddings()), 0
     for batch in runs:
         batch = first_targets(batch, limit - count)
-        with reading(layers, batch, take, device) as read: inner(**batch.inputs(start))
+        with evaluating(model), reading(layers, batch, take, device) as read: inner(**batch.inputs(start))
         if silent := sorted(set(layers) - read): raise ValueError(f"{silent[0]} was not called by the model; exclude it")
         count += int(batch.is_target.sum())
         if count >= limit: break
@@ -84,7 +85,7 @@ def stored(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Batch]
     for of in parts.values(): joined.setdefault(tuple(map(id, of)), torch.cat(of))
     return {name: joined[tuple(map(id, of))] for name, of in parts.items()}
 
-# %% ../nbs/10_calibration.ipynb #5ba947a2
+# %% ../nbs/10_calibration.ipynb #a6918189
 def wanted(max_tokens:int|None) -> float:
     "Rows a side, infinity for all; `ValueError` for fewer than two."
     if max_tokens is not None and max_tokens < 2:
@@ -93,6 +94,7 @@ def wanted(max_tokens:int|None) -> float:
 
 def runs_of(tok:PreTrainedTokenizerBase, records:Sequence[dict], side:str, batch_size:int) -> Iterator[Batch]:
     "One side of the records in batches, with a progress bar."
+    check_count("batch_size", batch_size)
     total = math.ceil(len(records) / batch_size)
     yield from tqdm(batches(tok, records, side, batch_size), desc=f"capture {side}", total=total, leave=False, delay=1)
 

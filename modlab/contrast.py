@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gradient_cosine', 'ContrastConfig', 'ContrastRun', 'contrast']
 
-# %% ../nbs/19_contrast.ipynb #2cad6f8d
+# %% ../nbs/19_contrast.ipynb #833f09c2
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,11 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .adapter import Adapter, check_entry
 from .divergence import kl_rev, token_nll
-from .heal import Encoded, counts, encode_sample, reference_states
+from .heal import counts, encode_answer, reference_states
+from .models import evaluating
 from .readout import Readout, answer_ids
 from .targets import block_of, block_stacks, role_of
-from .text import Batch, collate, encode, sides_of
-from .training import NonFiniteLoss, Shown, TrainConfig, check_count, evaluating, train
+from .text import Batch, Encoded, check_count, collate, encode_side, sides_of
+from .training import NonFiniteLoss, Shown, TrainConfig, train
 
 # %% ../nbs/19_contrast.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
@@ -65,13 +66,13 @@ def row_nll(readout:Readout, batch:Batch) -> Float[Tensor, "b"]:
     logits = readout.logits(readout.states(batch))
     return row_means(token_nll(logits, answer_ids(batch).to(logits.device)), batch)
 
-# %% ../nbs/19_contrast.ipynb #0d1f5437
+# %% ../nbs/19_contrast.ipynb #fa53c68c
 def encode_pair(tok:PreTrainedTokenizerBase, pair:dict, n:int, max_len:int, same:bool) -> Pair:
     "Pair `n`. `ValueError`, with the index: a side without tokens, or, unless `same` is allowed, two equal sides."
     sides = {}
     for side in ("cho", "rej"):
-        try: sides[side] = encode_sample(tok, dict(prompt=pair["prompt"], completion=pair[side]), max_len)
-        except (ValueError, TypeError) as e: raise ValueError(f"pair {n}, {side}: {e}") from e
+        try: sides[side] = encode_answer(tok, pair, side, max_len)
+        except ValueError as e: raise ValueError(f"pair {n}, {side}: {e}") from e
     if sides["cho"] == sides["rej"] and not same:
         raise ValueError(f"pair {n}: cho and rej are the same tokens within max_len={max_len}, with nothing to tell apart; "
                          "leave the pair out, or raise max_len if they were cut")
@@ -83,12 +84,15 @@ def encode_pairs(tok:PreTrainedTokenizerBase, pairs:Sequence[dict], max_len:int,
         raise ValueError("record 0 is a sample {prompt, completion}, expected pairs {prompt, cho, rej}; heal trains on samples")
     return [encode_pair(tok, pair, n, max_len, same) for n, pair in enumerate(pairs)]
 
-# %% ../nbs/19_contrast.ipynb #e1ba9017
+# %% ../nbs/19_contrast.ipynb #ea5f7f61
 def branch_gradient(adapter:Adapter, readout:Readout, pairs:Sequence[Pair], side:str, loss:str, pad:int) -> Sequence[Tensor]:
     "Gradient of the loss summed over pairs, for the dose of now, which is for `side`; one tensor a parameter."
     own, other = [getattr(p, side) for p in pairs], [p.rej if side == "cho" else p.cho for p in pairs]
     nll = row_nll(readout, collate(own if loss == "nll" else own + other, pad))
     total = nll[:len(own)].sum() - nll[len(own):].sum()
+    if not total.isfinite():
+        raise ValueError(f"the loss of {side} is not finite among the pairs {[p.index for p in pairs]}; look at them, at c, or "
+                         "use a dtype of wider range")
     return torch.autograd.grad(total, list(adapter.parameters()), allow_unused=True, materialize_grads=True)
 
 def summed(gradients:Iterable[Sequence[Tensor]]) -> list[Tensor]:

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Explorer', 'explore']
 
-# %% ../nbs/22_explore.ipynb #4bce2d4b
+# %% ../nbs/22_explore.ipynb #dacbfd20
 import html
 import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
+from functools import partial
 from io import BytesIO
 from os.path import commonprefix
 from types import SimpleNamespace
@@ -23,28 +24,29 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .adapter import Adapter
+from .adapter import Adapter, here_only
 from .models import load_pairs
 from .selection import SCORES
-from .study import (NOW, Stale, Study, breaking_off, draw_doses, draw_spectrum, measure, nearest, no_spectrum, spectra,
-                          static, write_beside)
+from .study import (NOW, Stale, Study, breaking_off, draw_doses, draw_spectrum, has_spectrum, measure, nearest, no_spectrum,
+                          spectra, static, write_beside)
 from .sweep import Calibration, calibrate_c
 
-# %% ../nbs/22_explore.ipynb #63dc76d4
+# %% ../nbs/22_explore.ipynb #7b98fa68
 class Latest:
     "A thread that runs the newest job it was asked for: `job(stale)` should return, or raise `Stale`, once `stale()` is true."
     def __init__(self, fail:Callable[[Exception], None]): # told of errors
         self.fail, self.turn, self.pool = fail, 0, ThreadPoolExecutor(1, thread_name_prefix="modlab-explore")
 
-    def ask(self, job:Callable) -> Future|None: # None once closed
+    def ask(self, *jobs:Callable) -> Future|None: # one after the other, also if one fails; None once closed
         self.turn = turn = self.turn + 1
-        return self.pool.submit(self._run, job, lambda: self.turn != turn) if self.pool else None
+        return self.pool.submit(self._run, jobs, lambda: self.turn != turn) if self.pool else None
 
-    def _run(self, job:Callable, stale:Callable[[], bool]) -> None:
-        try:
-            if not stale(): job(stale)
-        except Stale: pass
-        except Exception as e: self.fail(e)
+    def _run(self, jobs:Sequence[Callable], stale:Callable[[], bool]) -> None:
+        for job in jobs:
+            try:
+                if not stale(): job(stale)
+            except Stale: pass
+            except Exception as e: self.fail(e)
 
     def close(self) -> None:
         "Let the running job know, and wait for it to go."
@@ -91,25 +93,26 @@ def box(text:str, on:bool=False): # a widget
     import ipywidgets as w
     return w.Checkbox(on, description=text, indent=False, layout=w.Layout(width="auto"))
 
-# %% ../nbs/22_explore.ipynb #eef2b119
+# %% ../nbs/22_explore.ipynb #09f06d88
 def controls(x:Study) -> SimpleNamespace: # widgets by name
     "Every control, with its first value."
     import ipywidgets as w
-    low, high, first = min(x.cs), max(x.cs), x.records[0]["prompt"]
-    wide, chat = w.Layout(width="auto", flex="1 1 auto"), not isinstance(first, str)
+    low, high, last = min(x.cs), max(x.cs), x.turns[-1]["content"]
+    wide = w.Layout(width="auto", flex="1 1 auto")
     return SimpleNamespace(
         c=w.FloatSlider(x.c, min=low, max=high, step=(high - low) / 80, description="dose c", readout_format="+.2f", layout=wide),
         to=button("to calibrated", "move the slider to the calibrated dose", icon="crosshairs", disabled=x.calibrated is None),
-        prompt=w.Textarea(first[-1]["content"] if chat else first, rows=2, continuous_update=False, layout=wide),
-        chat=box("as a chat message", chat), go=button("Generate", "write both anew", icon="play", button_style="primary"),
+        prompt=w.Textarea(last if isinstance(last, str) else "", rows=2, continuous_update=False, layout=wide),
+        chat=box("as a chat message", not isinstance(x.records[0]["prompt"], str)),
+        go=button("Generate", "write both anew", icon="play", button_style="primary"),
         stop=button("Stop", "stop writing", icon="stop"), quit=button("Close", "end all work, free the model", icon="times"),
         budget=w.BoundedFloatText(0.1, min=1e-6, max=1e3, step=0.05, description="p95 KL of", layout=w.Layout(width="170px")),
         fit=button("Calibrate", "find the dose on this side of 0 that meets this KL", icon="balance-scale"),
         layer=w.Dropdown(options=list(x.adapter.layers), layout=wide), scores=[box(mode) for mode in SCORES],
-        doses=w.Image(format="png"), spectrum=w.Image(format="png"), reading=w.HTML(), text=w.HTML(), status=w.HTML(),
-        note=w.HTML())
+        doses=w.Image(format="png"), spectrum=w.Image(format="png"), reading=w.HTML(), text=w.HTML(), note=w.HTML(),
+        busy=w.HTML(), status=w.HTML())
 
-# %% ../nbs/22_explore.ipynb #852c043b
+# %% ../nbs/22_explore.ipynb #a7d0c857
 def laid_out(ui:SimpleNamespace): # a widget
     "The controls on one page: dose, prompt, texts, and two figures side by side."
     import ipywidgets as w
@@ -118,7 +121,7 @@ def laid_out(ui:SimpleNamespace): # a widget
     for image in (ui.doses, ui.spectrum): image.layout = w.Layout(width="100%", height="auto", object_fit="contain")
     left, right = half(row(ui.budget, ui.fit), ui.doses), half(row(ui.layer), row(*ui.scores), ui.note, ui.spectrum)
     return w.VBox([row(ui.c, ui.to), ui.reading, row(ui.prompt, w.VBox([row(ui.go, ui.stop), ui.chat])), ui.text,
-                   w.HBox([left, right], layout=w.Layout(grid_gap="12px")), row(ui.quit, ui.status)],
+                   w.HBox([left, right], layout=w.Layout(grid_gap="12px")), row(ui.quit, ui.busy, ui.status)],
                   layout=w.Layout(width="100%", max_width="1200px"))
 
 def png(draw:Callable[[Figure], None]) -> bytes:
@@ -128,34 +131,34 @@ def png(draw:Callable[[Figure], None]) -> bytes:
     figure.savefig(file, format="png", dpi=144)
     return file.getvalue()
 
-# %% ../nbs/22_explore.ipynb #36104afb
+# %% ../nbs/22_explore.ipynb #37454deb
 def write(x:"Explorer", stale:Callable[[], bool]) -> None:
     "Both texts, for the prompt and the dose of now."
     ui, c = x.ui, x.c
     def show(texts:list[str]) -> None: x.texts, ui.text.value = texts, beside(*texts, c)
-    ui.status.value = "writing …"
-    prompt = [dict(role="user", content=ui.prompt.value)] if ui.chat.value else ui.prompt.value
-    with x.lock: write_beside(x.model, x.tok, x.adapter, prompt, c, show, stale, **x.options)
+    ui.busy.value = "writing …"
+    prompt = [*x.turns[:-1], x.turns[-1] | dict(content=ui.prompt.value)] if ui.chat.value else ui.prompt.value
+    with x.lock, here_only(): write_beside(x.model, x.tok, x.adapter, prompt, c, show, stale, **x.options)
 
 def catch_up(x:"Explorer", stale:Callable[[], bool]) -> None:
     "Measure what the curve lacks, and draw it as it grows."
-    def grown() -> None: x.ui.status.value = f"measuring, {len(x.pending())} doses to go …"; x.redraw()
+    def grown() -> None: x.ui.busy.value = f"measuring, {len(x.pending())} doses to go …"; x.redraw()
     if x.pending(): grown()
     measure(x, stale, grown)
-    if not stale(): x.ui.status.value = ""
+    if not stale(): x.ui.busy.value = ""
 
 def fit(x:"Explorer", stale:Callable[[], bool]) -> None:
     "Calibrate on the side of 0 where the slider is. `ValueError` if the budget is out of reach."
-    sign, budget = -1 if x.c < 0 else 1, x.ui.budget.value
-    far, x.ui.status.value = max(c * sign for c in x.cs), "calibrating …"
-    with x.lock, breaking_off(x.model, stale):
-        found = calibrate_c(x.model, x.tok, x.adapter, x.records, budget, sign=sign, bracket=(0.0, far))
+    sign, budget = -1 if x.c < 0 or max(x.cs) <= 0 else 1, x.ui.budget.value
+    far, x.ui.busy.value = max(c * sign for c in x.cs), "calibrating …"
+    with x.lock, here_only(), breaking_off(x.model, stale):
+        found = calibrate_c(x.model, x.tok, x.adapter, x.records, budget, sign=sign, bracket=(0.0, far), progress=False)
     if not found.reached: raise ValueError(f"no dose between 0 and {sign * far:g} has a p95 KL of {budget:g} nats; change the "
                                            "budget, or explore a wider range of doses with cs=")
     x.calibrated, x.ui.to.disabled, x.ui.to.description = found.c, False, f"to calibrated {found.c:+.2f}"
     x.cs.append(found.c)
 
-# %% ../nbs/22_explore.ipynb #9481f1d9
+# %% ../nbs/22_explore.ipynb #225fea50
 def show_doses(x:"Explorer") -> None:
     curve, c, grid = x.curve, x.c, dict(sharex=True, height_ratios=(3, 2))
     x.ui.reading.value = reading(curve, c)
@@ -163,7 +166,7 @@ def show_doses(x:"Explorer") -> None:
 
 def show_spectrum(x:"Explorer", stale:Callable[[], bool]) -> None:
     ui, name = x.ui, x.ui.layer.value
-    if not hasattr(x.adapter, "spectrum"):
+    if not has_spectrum(x.adapter):
         ui.note.value = no_spectrum(x.adapter)
         for widget in (ui.layer, ui.spectrum, *ui.scores): widget.layout.display = "none"
         return
@@ -181,11 +184,13 @@ def wire(x:"Explorer") -> None:
     for button, ask in ((ui.go, x.write), (ui.stop, x.stop), (ui.fit, x.fit), (ui.quit, x.close)): button.on_click(ask)
     ui.to.on_click(lambda _: setattr(ui.c, "value", x.calibrated))
 
-# %% ../nbs/22_explore.ipynb #951b91d0
+# %% ../nbs/22_explore.ipynb #cd3e4771
 class Explorer(Study):
     "The live exploration: a page of widgets (`ui`, `box`) and the threads behind them. `error` is the last error shown."
     def __init__(self, *args, options:dict, **kwargs):
         super().__init__(*args, **kwargs)
+        first = self.records[0]["prompt"]
+        self.turns = [dict(role="user", content=first)] if isinstance(first, str) else first # the box holds the last of them
         self.options, self.ui, self.error, self.texts = options, controls(self), None, ["", ""]
         self.box, fail = laid_out(self.ui), lambda widget: lambda e: self._failed(widget, e)
         self.writer, self.pen, self.lens = Latest(fail(self.ui.status)), Latest(fail(self.ui.status)), Latest(fail(self.ui.note))
@@ -194,9 +199,13 @@ class Explorer(Study):
 
     def _failed(self, widget, e:Exception) -> None: self.error, widget.value = e, failed(e)
     def _repr_mimebundle_(self, **kwargs): return self.box._repr_mimebundle_(**kwargs)
-    def write(self, *_) -> Future|None: return self.writer.ask(lambda stale: (write(self, stale), catch_up(self, stale)))
-    def stop(self, *_) -> Future|None: return self.writer.ask(lambda stale: catch_up(self, stale))
-    def fit(self, *_) -> Future|None: return self.writer.ask(lambda stale: (fit(self, stale), catch_up(self, stale)))
+    def _run(self, *jobs:Callable) -> Future|None:
+        self.ui.status.value = ""
+        return self.writer.ask(*(partial(job, self) for job in jobs))
+
+    def write(self, *_) -> Future|None: return self._run(write, catch_up)
+    def stop(self, *_) -> Future|None: return self._run(catch_up)
+    def fit(self, *_) -> Future|None: return self._run(fit, catch_up)
     def redraw(self, *_) -> Future|None: return self.pen.ask(lambda stale: show_doses(self))
     def look(self, *_) -> Future|None: return self.lens.ask(lambda stale: show_spectrum(self, stale))
     def move(self, change) -> None: self.c = change["new"]; self.redraw(); self.write()
@@ -204,17 +213,19 @@ class Explorer(Study):
     def close(self, *_) -> None:
         "Stop all work, wait until it has ended, and leave the model as it was found. What was measured stays."
         for thread in (self.writer, self.lens, self.pen): thread.close()
-        for widget in (*vars(self.ui).values(), *self.ui.scores):
+        for widget in (w for part in vars(self.ui).values() for w in (part if isinstance(part, list) else [part])):
+            widget.unobserve_all() # ipywidgets keeps every widget, and through its callbacks the model
+            if hasattr(widget, "_click_handlers"): widget._click_handlers.callbacks.clear()
             if hasattr(widget, "disabled"): widget.disabled = True
-        self.ui.status.value = "closed; the model is free"
+        self.ui.busy.value, self.ui.status.value = "", "closed; the model is free"
 
 # %% ../nbs/22_explore.ipynb #154b7296
 OPEN:WeakValueDictionary = WeakValueDictionary() # id(model) -> the explorer that works on it
 
-# %% ../nbs/22_explore.ipynb #bae5f741
+# %% ../nbs/22_explore.ipynb #c34c43ad
 def explore(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # detached
             records:Sequence[dict]|None=None, # pairs or samples for the curve; None: eight of the shipped pairs
-            cs:Sequence[float|int]=(-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2), # doses of the curve; the slider spans them
+            cs:Sequence[float]=(-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2), # doses of the curve; the slider spans them
             calibrated:float|Calibration|None=None, # a dose to mark and to begin with
             widgets:bool|None=None, # None: where there is a page to show them
             max_new_tokens:int=64, # of the texts
@@ -225,6 +236,7 @@ def explore(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # det
     if widgets and not installed(): raise ImportError("widgets=True needs ipywidgets; run: pip install ipywidgets")
     args = model, tok, adapter, load_pairs("test")[:8] if records is None else records, cs, calibrated
     if not (page() if widgets is None else widgets): return static(Study(*args))
+    Study(*args) # what will not do is said before another one is closed
     if id(model) in OPEN: OPEN[id(model)].close()
     OPEN[id(model)] = x = Explorer(*args, options=dict(max_new_tokens=max_new_tokens) | generate)
     return x

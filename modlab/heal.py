@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HealConfig', 'HealRun', 'heal']
 
-# %% ../nbs/18_heal.ipynb #f2e4f48c
+# %% ../nbs/18_heal.ipynb #ccfaa85e
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerBase
 from .bake import History, baked, doses
 from .divergence import AGGREGATES, aggregate, barrier, kl_fwd, kl_rev, token_nll
 from .lora import ModulatedLoRA
+from .models import evaluating
 from .readout import Readout, answer_ids, answer_rows
 from .targets import LoRAConfig, linear_layers
-from .text import Batch, collate, encode, sides_of
-from .training import NonFiniteLoss, Shown, TrainConfig, check_count, digest, evaluating, first_only, processes, train
+from .text import Batch, Encoded, check_count, collate, encode_side, has_answer, sides_of
+from .training import NonFiniteLoss, Shown, TrainConfig, check_path, digest, first_only, processes, train
 from .weights import rounds
 
 # %% ../nbs/18_heal.ipynb #9f742e37
@@ -69,16 +70,12 @@ class HealConfig(TrainConfig):
     @property
     def decay(self) -> float: return self.lam if self.reg == "wd" else self.weight_decay
 
-# %% ../nbs/18_heal.ipynb #80be992b
-Encoded = tuple[list[int], int] # (ids, n_prompt)
-
-def encode_sample(tok:PreTrainedTokenizerBase, sample:dict, max_len:int) -> Encoded:
-    "`ValueError`: no text, or no completion token that something predicts."
-    for key, kinds in dict(prompt=str | list, completion=str).items():
-        if not isinstance(sample[key], kinds): raise ValueError(f"{key} is {sample[key]!r}, expected text")
-    ids, n_prompt = encode(tok, sample["prompt"], sample["completion"], max_len)
-    if len(ids) > max(n_prompt, 1): return ids, n_prompt
-    why = f"the prompt fills max_len={max_len}; raise it or shorten the prompt" if len(ids) == max_len else "give it some text"
+# %% ../nbs/18_heal.ipynb #d45cd0fd
+def encode_answer(tok:PreTrainedTokenizerBase, record:dict, side:str, max_len:int) -> Encoded:
+    "`ValueError`: no text, or no answer token that something predicts."
+    if has_answer(encoded := encode_side(tok, record, side, max_len)): return encoded
+    full = len(encoded[0]) == max_len
+    why = f"the prompt fills max_len={max_len}; raise it or shorten the prompt" if full else "give it some text"
     raise ValueError(f"no token of the completion is left to learn from: {why}")
 
 def encode_samples(tok:PreTrainedTokenizerBase, samples:Sequence[dict], cfg:HealConfig) -> list[Encoded]:
@@ -89,7 +86,7 @@ def encode_samples(tok:PreTrainedTokenizerBase, samples:Sequence[dict], cfg:Heal
         raise ValueError(f"{len(samples)} samples are fewer than min_train={cfg.min_train}; give more, or lower min_train")
     encoded = []
     for n, sample in enumerate(samples):
-        try: encoded.append(encode_sample(tok, sample, cfg.max_len))
+        try: encoded.append(encode_answer(tok, sample, "completion", cfg.max_len))
         except ValueError as e: raise ValueError(f"sample {n}: {e}") from e
     return encoded
 
@@ -202,7 +199,7 @@ def trained(model:nn.Module, adapter:ModulatedLoRA, encoded:Sequence[Encoded], h
             return train(adapter, losses, len(encoded), cfg, losses.terms, show=postfix, resume=resume,
                          identity=identity(adapter, encoded, history))
 
-# %% ../nbs/18_heal.ipynb #8133fde4
+# %% ../nbs/18_heal.ipynb #c5ffaf53
 def heal(model:nn.Module, # any Hugging Face causal LM; it is frozen
          tok:PreTrainedTokenizerBase,
          samples:Sequence[dict], # {prompt, completion}
@@ -212,6 +209,7 @@ def heal(model:nn.Module, # any Hugging Face causal LM; it is frozen
         ) -> HealRun:
     """Train a fresh LoRA adapter on top of a history, at `c = 1`, held back by a barrier. `ValueError` for bad input, or a file
     of another run; `NonFiniteLoss`, with what there is, where a loss is no number. Nothing is left attached."""
+    check_path(resume)
     encoded = encode_samples(tok, samples, cfg)
     check_history(model, history, cfg)
     g = torch.Generator().manual_seed(cfg.seed)

@@ -142,10 +142,10 @@ def factors(m:LowRank) -> tuple[Tensor, Tensor]: # A (r, i) as it is, B (o, r) i
     wide = torch.promote_types(m.up.dtype, torch.float32)
     return m.down.cpu().contiguous(), (m.up.to(wide) * m.gain.to(wide)).cpu().contiguous()
 
-# %% ../nbs/13_interop.ipynb #302d2de0
+# %% ../nbs/13_interop.ipynb #d1d395ad
 def to_peft(adapter:Adapter|Sequence, # an adapter, or a history [(adapter, c), ...]
             path:str|Path, # a folder, made if need be; an adapter that it holds is replaced
-            c:float|int|Tensor=1.0, # the dose to write, one number; of a history, a factor on every c of it
+            c:float|Tensor=1.0, # the dose to write, one number; of a history, a factor on every c of it
            ) -> None:
     "Write a folder that `peft.PeftModel.from_pretrained` loads on the base model, with the logits of modlab at `c`."
     total = doses(adapter, c)

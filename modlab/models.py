@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['cache_dir', 'load_model', 'tiny_model', 'load_pairs']
 
-# %% ../nbs/04_models.ipynb #34a236fb
+# %% ../nbs/04_models.ipynb #858cbc42
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel,
                           PreTrainedTokenizerBase, PreTrainedTokenizerFast)
 
@@ -75,6 +78,16 @@ def load_model(name:str|Path|None=None, # a folder or Hugging Face id; none for 
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else dtype)
     return model.eval(), AutoTokenizer.from_pretrained(source)
 
+# %% ../nbs/04_models.ipynb #719ecec9
+@contextmanager
+def evaluating(model:nn.Module) -> Iterator[None]:
+    "Evaluation mode for a `with` block; every module then gets back the mode that it had."
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try: yield
+    finally:
+        for m, mode in modes.items(): m.training = mode
+
 # %% ../nbs/04_models.ipynb #7fdb0693
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -100,13 +113,22 @@ def tiny_model(seed:int=0, # the weights are a function of this number alone
         torch.manual_seed(seed)
         return LlamaForCausalLM(cfg).eval(), tok
 
-# %% ../nbs/04_models.ipynb #4d537c09
+# %% ../nbs/04_models.ipynb #dba8755f
+def record_of(line:str, n:int, path:str|Path|None) -> dict:
+    "Line `n` of a JSON-lines file. `ValueError`, naming file and line, for what is no record."
+    try: record = json.loads(line)
+    except ValueError as e: raise ValueError(f"{path}, line {n}: not JSON ({e})") from e
+    if not isinstance(record, dict): raise ValueError(f"{path}, line {n}: expected {{prompt, …}}, got {record!r}")
+    return record
+
+# %% ../nbs/04_models.ipynb #36f3dc2c
 def load_pairs(split:str|None=None, # "train", "test" (held out), or none for both
                path:str|Path|None=None, # a JSON-lines file of your own
               ) -> list[dict]: # records {prompt, cho, rej, split}
-    "The shipped chosen/rejected pairs; `ValueError` for a split that the file does not have, naming those it has."
+    "The shipped chosen/rejected pairs, or a file's. `ValueError`: a line that is no record, or a split that the file lacks."
     source = files("modlab") / "data" / "pairs.jsonl" if path is None else Path(path)
-    records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = source.read_text(encoding="utf-8").split("\n") # splitlines would cut at a U+2028 within a string too
+    records = [record_of(line, n, path) for n, line in enumerate(lines, 1) if line.strip()]
     splits = sorted({r["split"] for r in records if "split" in r})
     if split is not None and split not in splits:
         raise ValueError(f"no split {split!r} in {path or 'the shipped pairs'}, which have {splits}; give one of them, or None")

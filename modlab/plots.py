@@ -21,13 +21,17 @@ SCORE_COLOURS = {"s_only": "#0072B2", "wanda": "#E69F00", "act_only": "#009E73",
                  "random": "#7F7F7F", "shuffled": "#7F7F7F"}
 SIGN_COLOURS = {+1: "#0072B2", -1: "#D55E00"} # of a dose, and of the answers that it is for: chosen and rejected
 
-# %% ../nbs/20_plots.ipynb #5e21c294
+# %% ../nbs/20_plots.ipynb #6529ca3f
 def need(df:pd.DataFrame, *columns:str) -> None:
     "`ValueError` naming the columns that a plot needs and the table lacks."
     if missing := [c for c in columns if c not in df]:
         raise ValueError(f"the table lacks the columns {missing}; it has {list(df.columns)}")
 
-def colour(mode:str) -> str: return SCORE_COLOURS.get(mode, "#000000")
+def ink() -> str:
+    "What lines without a colour of their own are drawn in: that of the style's text, so that a dark style shows them."
+    return plt.rcParams["text.color"]
+
+def colour(mode:str) -> str: return SCORE_COLOURS.get(mode, ink())
 
 # %% ../nbs/20_plots.ipynb #d9deedb8
 def strip(ax:Axes, picks:pd.Series, mode:str, row:int, rows:int) -> None:
@@ -36,7 +40,7 @@ def strip(ax:Axes, picks:pd.Series, mode:str, row:int, rows:int) -> None:
     ax.vlines(picks, low, high, transform=ax.get_xaxis_transform(), colors=colour(mode), linewidth=0.8)
     ax.annotate(mode, (1.01, (low + high) / 2), xycoords="axes fraction", va="center", fontsize=8, color=colour(mode))
 
-# %% ../nbs/20_plots.ipynb #afb47179
+# %% ../nbs/20_plots.ipynb #764ec216
 def plot_selection(df:pd.DataFrame, # one layer: index, S, chosen, and mode (one block of rows per score)
                    ax:Axes|None=None,
                   ) -> Axes:
@@ -45,7 +49,7 @@ def plot_selection(df:pd.DataFrame, # one layer: index, S, chosen, and mode (one
     ax = ax or plt.gca()
     modes = list(df["mode"].unique())
     spectrum = df[df["mode"] == modes[0]].sort_values("index")
-    ax.semilogy(spectrum["index"], spectrum["S"], color="black", linewidth=1.2)
+    ax.semilogy(spectrum["index"], spectrum["S"], color=ink(), linewidth=1.2)
     for row, mode in enumerate(modes): strip(ax, df[(df["mode"] == mode) & df["chosen"]]["index"], mode, row, len(modes))
     low, high = np.log10(spectrum["S"].clip(lower=spectrum["S"].max() * 1e-4).agg(["min", "max"]))
     ax.set_ylim(10 ** (high + 0.1 - (high - low + 0.2) / 0.55), 10 ** (high + 0.1))  # the upper 55 % for the spectrum
@@ -53,7 +57,7 @@ def plot_selection(df:pd.DataFrame, # one layer: index, S, chosen, and mode (one
     ax.set(xlabel="singular direction j (0 = largest)", ylabel="singular value $S_j$")
     return ax
 
-# %% ../nbs/20_plots.ipynb #2294b96c
+# %% ../nbs/20_plots.ipynb #c7519d8b
 def plot_tail_depth(df:pd.DataFrame, # layer (block), tail_depth, mode; optionally low and high
                     ax:Axes|None=None,
                    ) -> Axes:
@@ -65,7 +69,7 @@ def plot_tail_depth(df:pd.DataFrame, # layer (block), tail_depth, mode; optional
         ax.plot(of["layer"], of["tail_depth"], color=colour(mode), label=mode, linewidth=1.5)
         if {"low", "high"} <= set(of):
             ax.fill_between(of["layer"].astype(float), of["low"], of["high"], color=colour(mode), alpha=0.2, linewidth=0)
-    ax.axhline(0.5, color="black", linestyle=":", linewidth=1)
+    ax.axhline(0.5, color=ink(), linestyle=":", linewidth=1)
     ax.set(xlabel="block", ylabel="tail depth (0 top, 1 tail)", ylim=(-0.05, 1.05))
     return ax
 
@@ -82,28 +86,30 @@ def plot_overlap(df:pd.DataFrame, # mode_a, mode_b, overlap (0 to 1); rows are a
     ax.tick_params(axis="x", rotation=30)
     return ax
 
-# %% ../nbs/20_plots.ipynb #5772a2d1
+# %% ../nbs/20_plots.ipynb #8351ea35
 STAT_COLOURS = {"mean": "#0072B2", "rmse": "#009E73", "p95": "#D55E00", "max": "#7F7F7F"}
 
 def plot_kl_vs_c(df:pd.DataFrame, # from kl_curve
                  ax:Axes|None=None,
                  stats:Sequence[str]=("mean", "rmse", "p95"), # aggregates
-                 calibrated:float|None=None, # a dose to mark
+                 calibrated:float|None=None, # a dose to mark; NaN marks none
                 ) -> Axes:
     "Divergence from c = 0 against c, in nats, both directions. `ValueError` for missing columns."
-    need(df, "c", *(f"{way}_{stat}" for way in ("kl_rev", "kl_fwd") for stat in stats))
+    columns = {f"{way}_{stat}": dict(color=STAT_COLOURS.get(stat), linestyle=style, label=f"{way} {stat}")
+               for stat in stats for way, style in (("kl_rev", "-"), ("kl_fwd", "--"))}
+    need(df, "c", *columns)
     ax, df = ax or plt.gca(), df.sort_values("c")
-    for stat in stats:
-        for way, style in (("kl_rev", "o-"), ("kl_fwd", "o--")):
-            y = df[f"{way}_{stat}"].where(df["c"] != 0)
-            ax.plot(df["c"], y, style, color=STAT_COLOURS.get(stat), markersize=3, linewidth=1.2, label=f"{way} {stat}")
-    if calibrated is not None:
-        ax.axvline(calibrated, color="black", linestyle="-.", linewidth=1, label=f"calibrated c = {calibrated:.2f}")
-    ax.axvline(0, color="black", linestyle=":", linewidth=1)
-    ax.set(yscale="log", xlabel="dose c (0 is the untouched model)", ylabel="KL (nats per token)")
+    acts = (df[df["c"] != 0][[*columns]] > 0).any(axis=None) # a fresh adapter has no KL at any dose, and no logarithm of it
+    for column, how in columns.items():
+        y = df[column].where((df["c"] != 0) & (df[column] > 0)) if acts else df[column]
+        ax.plot(df["c"], y, marker="o", markersize=3, linewidth=1.2, **how)
+    if calibrated is not None and np.isfinite(calibrated):
+        ax.axvline(calibrated, color=ink(), linestyle="-.", linewidth=1, label=f"calibrated c = {calibrated:.2f}")
+    ax.axvline(0, color=ink(), linestyle=":", linewidth=1)
+    ax.set(yscale="log" if acts else "linear", xlabel="dose c (0 is the untouched model)", ylabel="KL (nats per token)")
     return ax
 
-# %% ../nbs/20_plots.ipynb #1ade719e
+# %% ../nbs/20_plots.ipynb #924c3987
 def plot_gradient_cosine(df:pd.DataFrame, # layer (block, or "all"), cosine; optionally mode
                          ax:Axes|None=None,
                         ) -> Axes:
@@ -111,9 +117,10 @@ def plot_gradient_cosine(df:pd.DataFrame, # layer (block, or "all"), cosine; opt
     need(df, "layer", "cosine")
     ax, modes = ax or plt.gca(), "mode" in df
     for mode, of in df.groupby("mode", sort=False) if modes else [("", df)]:
-        blocks = of[of["layer"].astype(str) != "all"].groupby("layer")["cosine"].mean()
-        ax.plot(blocks.index.astype(int), blocks, "o-", markersize=3, linewidth=1.2, color=colour(mode), label=mode or None)
-    for y in (-1, 0): ax.axhline(y, color="black", linestyle=":", linewidth=1)
+        of = of[of["layer"].astype(str) != "all"].dropna(subset="layer").astype({"layer": int}) # text, if read from a file
+        blocks = of.groupby("layer")["cosine"].mean()
+        ax.plot(blocks.index, blocks, "o-", markersize=3, linewidth=1.2, color=colour(mode), label=mode or None)
+    for y in (-1, 0): ax.axhline(y, color=ink(), linestyle=":", linewidth=1)
     ax.set(xlabel="block", ylabel="cosine of the +c and -c gradients", ylim=(-1.08, 1.08))
     return ax
 

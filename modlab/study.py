@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Study']
 
-# %% ../nbs/21_study.ipynb #83fd1b89
+# %% ../nbs/21_study.ipynb #6021ab4a
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,21 +14,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from .adapter import Adapter, check_model
+from .adapter import Adapter, check_model, here_only
 from .calibration import by_layer, stored
+from .models import evaluating
 from .pissa import base_of, projections, spectrum_table
 from .plots import SIGN_COLOURS, plot_kl_vs_c, plot_selection
 from .selection import SCORES, choose, same_spectrum, selection_scores
 from .svd import thin_svd
 from .sweep import Calibration, check_doses, kl_curve
-from .text import Prompt, batches, prompt_ids, sides_of
-from .weights import device_of
+from .text import Prompt, batches, encode_records, prompt_ids, sides_of
+from .weights import device_of, rounds, without
 
 # %% ../nbs/21_study.ipynb #da822f03
 class Rows(BaseStreamer):
@@ -45,7 +47,7 @@ class Until(StoppingCriteria):
     def __init__(self, stale:Callable[[], bool]): self.stale = stale
     def __call__(self, input_ids, scores, **kwargs): return torch.full((len(input_ids),), self.stale(), device=input_ids.device)
 
-# %% ../nbs/21_study.ipynb #067ccae1
+# %% ../nbs/21_study.ipynb #9b085337
 def write_beside(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, prompt:Prompt, c:float,
                  show:Callable[[list[str]], None], # gets [base text, steered text] after every token
                  stale:Callable[[], bool], # asked after every token whether to stop
@@ -56,7 +58,7 @@ def write_beside(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, 
     if not ids: raise ValueError("the prompt has no token; type something")
     two = torch.tensor([ids, ids], device=device)
     defaults = dict(do_sample=False, pad_token_id=tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id)
-    with adapter(model, torch.tensor([0.0, c])):
+    with evaluating(model), adapter(model, torch.tensor([0.0, c])):
         model.generate(two, attention_mask=torch.ones_like(two), streamer=Rows(tok, show), stopping_criteria=[Until(stale)],
                        **defaults | options)
 
@@ -84,11 +86,18 @@ def draw_doses(kl:Axes, nll:Axes, curve:pd.DataFrame, c:float, calibrated:float|
     kl.set_xlabel("")
     nll.set(xlabel="dose c (0 is the untouched model)", ylabel="NLL (nats per token)")
 
-# %% ../nbs/21_study.ipynb #9958e9d7
+# %% ../nbs/21_study.ipynb #f7748ccb
+def seen_by(adapter:Adapter, layer:nn.Module) -> Float[Tensor, "o i"]:
+    "The weight that the adapter's directions were taken from, less what rounds before it hold."
+    live, ids = adapter.id if adapter.extracted else None, [r.id for r in rounds(layer)]
+    W = base_of(layer, live)
+    for r in rounds(layer)[:ids.index(live) if live in ids else None]: W = without(W.double(), r.taken)
+    return W
+
 def would_choose(adapter:Adapter, name:str, mode:str, X:object) -> pd.DataFrame: # index, S, chosen, mode
     "The spectrum of a layer with the directions that a score picks on its inputs `X`. `ValueError` if the weight is gone."
-    U, S, Vh = thin_svd(base_of(adapter.layers[name], adapter.id if adapter.extracted else None), name)
-    if not same_spectrum(S, adapter.spectrum[name]):
+    U, S, Vh = thin_svd(seen_by(adapter, adapter.layers[name]), name)
+    if not same_spectrum(S.to(adapter.spectrum[name].dtype), adapter.spectrum[name]):
         raise ValueError(f"{name} does not hold the weight that the adapter's directions were taken from, and no other score can "
                          "be tried on it; build the adapter with keep_base=True and without after=")
     scores = selection_scores(S, mode, None if mode == "s_only" else projections(name, X, S, Vh), name)
@@ -98,7 +107,10 @@ def would_choose(adapter:Adapter, name:str, mode:str, X:object) -> pd.DataFrame:
 def draw_spectrum(ax:Axes, table:pd.DataFrame, name:str) -> None:
     plot_selection(table, ax).set_title(name, fontsize=9)
 
+def has_spectrum(adapter:Adapter) -> bool: return bool(getattr(adapter, "chosen_idx", None))
+
 def no_spectrum(adapter:Adapter) -> str:
+    if hasattr(adapter, "chosen_idx"): return "This file of the earlier implementation\ndoes not say which directions it holds."
     return f"{type(adapter).__name__} learns directions of its own\nand chooses none of the weight's: there is no spectrum."
 
 # %% ../nbs/21_study.ipynb #af048e67
@@ -115,14 +127,15 @@ def breaking_off(model:nn.Module, stale:Callable[[], bool]) -> Iterator[None]:
     try: yield
     finally: hook.remove()
 
-# %% ../nbs/21_study.ipynb #51ce75bb
+# %% ../nbs/21_study.ipynb #e1710c12
 class Study:
     "An adapter under study: `curve` (the doses measured so far), `c`, `calibrated`."
     figure:Figure|None = None # of `static`
 
     def __init__(self, model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, records:Sequence[dict],
-                 cs:Sequence[float|int], calibrated:float|Calibration|None=None):
+                 cs:Sequence[float], calibrated:float|Calibration|None=None):
         check_model(adapter, model)
+        encode_records(tok, records, sides_of(records)[0]) # what is no text is said now, not in a thread
         self.model, self.tok, self.adapter, self.records, self.sides = model, tok, adapter, list(records), sides_of(records)
         dose = calibrated.c if isinstance(calibrated, Calibration) else calibrated
         self.calibrated = None if dose is None or np.isnan(dose) else float(dose)
@@ -140,11 +153,12 @@ class Study:
 
     def close(self) -> None: "Nothing to do: a study keeps no hook. The explorer has threads to end."
 
-# %% ../nbs/21_study.ipynb #868f9587
+# %% ../nbs/21_study.ipynb #148bd087
 def measure(x:Study, stale:Callable[[], bool], each:Callable[[], None]=lambda: None) -> None:
     "Measure what is pending, the dose of now first; `each` is called whenever the curve has grown."
     while not stale() and (todo := x.pending()[:3]):
-        with x.lock, breaking_off(x.model, stale): rows = kl_curve(x.model, x.tok, x.adapter, x.records, todo, progress=False)
+        with x.lock, here_only(), breaking_off(x.model, stale):
+            rows = kl_curve(x.model, x.tok, x.adapter, x.records, todo, progress=False)
         x.curve = pd.concat([x.curve[x.curve["c"].notna()], rows] if len(x.curve) else [rows]).sort_values("c", ignore_index=True)
         each()
 
@@ -152,7 +166,7 @@ def inputs_of(x:Study, name:str, stale:Callable[[], bool]) -> object: # {side: (
     "What a layer reads on the records at c = 0, kept."
     if name not in x.inputs:
         runs = lambda side: batches(x.tok, x.records, side, 8)
-        with x.lock, breaking_off(x.model, stale), x.adapter(x.model, 0.0):
+        with x.lock, here_only(), breaking_off(x.model, stale), x.adapter(x.model, 0.0):
             x.inputs[name] = by_layer({s: stored(x.model, {name: x.adapter.layers[name]}, runs(s), 1024.) for s in x.sides})[name]
     return x.inputs[name]
 
@@ -162,7 +176,7 @@ def spectra(x:Study, name:str, modes:Sequence[str], stale:Callable[[], bool]) ->
     own = spectrum_table(x.adapter, [name]).assign(mode="held")
     return pd.concat([own, *(would_choose(x.adapter, name, mode, need(mode)) for mode in modes)], ignore_index=True)
 
-# %% ../nbs/21_study.ipynb #c870da50
+# %% ../nbs/21_study.ipynb #c31d16fe
 def static(x:Study) -> Study:
     "Measure all doses and draw them; the figure is pyplot's, so that it is shown where figures are shown."
     measure(x, lambda: False)
@@ -170,6 +184,6 @@ def static(x:Study) -> Study:
     axes = x.figure.subplot_mosaic([["kl", "spectrum"], ["nll", "spectrum"]], height_ratios=(3, 2), width_ratios=(1, 1))
     draw_doses(axes["kl"], axes["nll"], x.curve, x.c, x.calibrated)
     name, right = next(iter(x.adapter.layers)), axes["spectrum"]
-    if hasattr(x.adapter, "spectrum"): draw_spectrum(right, spectra(x, name, [], lambda: False), name)
+    if has_spectrum(x.adapter): draw_spectrum(right, spectra(x, name, [], lambda: False), name)
     else: right.set_axis_off(), right.text(0.5, 0.5, no_spectrum(x.adapter), ha="center", va="center")
     return x

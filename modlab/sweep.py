@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['kl_curve', 'Calibration', 'calibrate_c']
 
-# %% ../nbs/16_sweep.ipynb #2f7aed64
+# %% ../nbs/16_sweep.ipynb #780f3d89
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -20,13 +21,14 @@ from transformers import PreTrainedTokenizerBase
 
 from .adapter import Adapter
 from .divergence import AGGREGATES, aggregate, kl_fwd, kl_rev, token_nll
+from .models import evaluating
 from .readout import Readout, answer_ids, answer_rows
-from .text import Batch, collate, encode_records, sides_of
+from .text import Batch, Encoded, check_count, collate, encode_records, sides_of
 
 # %% ../nbs/16_sweep.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
 
-# %% ../nbs/16_sweep.ipynb #6e503402
+# %% ../nbs/16_sweep.ipynb #8f605f4b
 @dataclass(frozen=True)
 class Reading:
     "A batch, its answer tokens, and the reference states that predicted them."
@@ -35,15 +37,15 @@ class Reading:
     record: Int[Tensor, "n"] # which record each token belongs to
     reference: Float[Tensor, "n d"]
 
-def text_batches(tok:PreTrainedTokenizerBase, records:Sequence[dict], side:str, batch_size:int, max_len:int) -> list[Batch]:
-    "One side of the records in batches, in order."
-    encoded, pad = encode_records(tok, records, side, max_len), tok.pad_token_id or 0
-    return [collate(encoded[n:n + batch_size], pad) for n in range(0, len(encoded), batch_size)]
+def text_batches(tok:PreTrainedTokenizerBase, encoded:Sequence[Encoded], batch_size:int) -> list[Batch]:
+    "Encoded records in batches, in order."
+    check_count("batch_size", batch_size)
+    return [collate(encoded[n:n + batch_size], tok.pad_token_id or 0) for n in range(0, len(encoded), batch_size)]
 
-def readings(readout:Readout, text:Sequence[Batch]) -> list[Reading]:
+def readings(readout:Readout, text:Sequence[Batch], shown:Mapping) -> list[Reading]: # shown: what tqdm is told
     "Read every batch at the dose of now, which should be 0."
     first = [0, *torch.tensor([len(b.input_ids) for b in text]).cumsum(0).tolist()]
-    seen = tqdm(text, desc="reference", leave=False, delay=1)
+    seen = tqdm(text, desc="reference", leave=False, delay=1, **shown)
     return [Reading(b, answer_ids(b), answer_rows(b) + n, readout.states(b)) for b, n in zip(seen, first)]
 
 # %% ../nbs/16_sweep.ipynb #575103f4
@@ -64,9 +66,13 @@ def at_doses(adapter:Adapter, readout:Readout, batch:Batch, cs:Sequence[float]) 
         adapter.set_coeff(c)
         yield readout.states(batch)
 
-# %% ../nbs/16_sweep.ipynb #2d34d303
+# %% ../nbs/16_sweep.ipynb #ee5496fb
+def bars(progress:bool) -> dict: # what tqdm is told
+    return {} if progress else dict(disable=True) # otherwise TQDM_DISABLE decides
+
 def check_doses(cs:Sequence[float]) -> list[float]:
     "`ValueError` unless there are finite numbers."
+    if not np.ndim(cs): raise ValueError(f"cs must be a list of doses, got {cs!r}")
     cs = [float(c) for c in cs]
     if not cs or not all(map(math.isfinite, cs)): raise ValueError(f"cs must be finite numbers, at least one; got {cs}")
     return cs
@@ -85,35 +91,36 @@ def rejected_nll(adapter:Adapter, readout:Readout, text:Sequence[Batch], cs:Sequ
         total += torch.stack(nll).cpu()
     return (total / count).tolist()
 
-# %% ../nbs/16_sweep.ipynb #d19495de
+# %% ../nbs/16_sweep.ipynb #2610caa5
 @torch.no_grad()
 def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # detached
              records:Sequence[dict], # pairs {prompt, cho, rej} or samples {prompt, completion}
              cs:Sequence[float], # doses
              batch_size:int=8, # sequences a forward
              max_len:int=512, # tokens
-             progress:bool=True, # show a bar
+             progress:bool=True, # show bars
             ) -> pd.DataFrame:
     """One row per dose: c; mean, rmse, p95, max over tokens of KL(c‖0) (`kl_rev_…`) and KL(0‖c) (`kl_fwd_…`), in nats, on the
     chosen answers or completions; their nll; for pairs also nll_rej and margin = nll_rej − nll; n_tokens."""
     cs, sides = check_doses(cs), sides_of(records)
-    text, other = (text_batches(tok, records, side, batch_size, max_len) for side in (sides[0], sides[-1]))
-    with adapter(model, 0.0):
+    text, other = (text_batches(tok, encode_records(tok, records, s, max_len), batch_size) for s in (sides[0], sides[-1]))
+    shown = bars(progress)
+    with evaluating(model), adapter(model, 0.0):
         readout = Readout(model, text[0], [adapter])
-        shown = {} if progress else dict(disable=True) # otherwise TQDM_DISABLE decides
         parts = [compared(readout, r, list(at_doses(adapter, readout, r.batch, cs)))
-                 for r in tqdm(readings(readout, text), desc="doses", leave=False, delay=1, **shown)]
+                 for r in tqdm(readings(readout, text, shown), desc="doses", leave=False, delay=1, **shown)]
         rejected = rejected_nll(adapter, readout, other, cs) if len(sides) > 1 else None
     tokens = torch.cat(parts, -1)
     table = pd.DataFrame([dict(c=c) | summary(t) for c, t in zip(cs, tokens)])
     if rejected: table = table.assign(nll_rej=rejected, margin=lambda t: t.nll_rej - t.nll)
     return table.assign(n_tokens=tokens.shape[-1])
 
-# %% ../nbs/16_sweep.ipynb #16c81d64
-def crossing(f, target:float, lo:float, hi:float, tol:float) -> tuple[float, float]: # (c, f(c)); nan where there is none
+# %% ../nbs/16_sweep.ipynb #04b3a4fe
+def crossing(f, target:float, lo:float, hi:float, tol:float) -> tuple[float, float]: # (c, f(c)); c is nan where there is none
     "A `c` in `[lo, hi]` with `|f(c) − target| <= tol · target`, for an `f` that rises through the target."
     ends = {c: f(c) for c in (lo, hi)}
-    if not ends[lo] <= target * (1 + tol) or ends[hi] < target * (1 - tol): return math.nan, max(ends.values())
+    if not ends[lo] <= target * (1 + tol): return math.nan, ends[lo]
+    if ends[hi] < target * (1 - tol): return math.nan, ends[hi]
     a, b, best = (lo, ends[lo]), (hi, ends[hi]), min(ends.items(), key=lambda e: abs(e[1] - target))
     for _ in range(60):
         if abs(best[1] - target) <= tol * target: return best
@@ -147,7 +154,7 @@ class Calibration:
 
     def _repr_html_(self) -> str: return f"<b>c = {self.c:+.3f}</b> {self!r}" if self.reached else f"<b>not reached</b> {self!r}"
 
-# %% ../nbs/16_sweep.ipynb #850b2549
+# %% ../nbs/16_sweep.ipynb #af53fbd9
 def bootstrap(kl:Float[Tensor, "n"], record:Int[Tensor, "n"], stat:str, draws:int=500) -> tuple[float, float]:
     "The 95 % interval of an aggregate when whole records are drawn anew."
     g, parts = torch.Generator().manual_seed(0), [kl[record == n] for n in record.unique()]
@@ -156,7 +163,7 @@ def bootstrap(kl:Float[Tensor, "n"], record:Int[Tensor, "n"], stat:str, draws:in
     low, high = torch.stack(drawn).quantile(torch.tensor([0.025, 0.975], dtype=kl.dtype)).tolist()
     return low, high
 
-def split_records(records:Sequence[dict], held_out:Sequence[dict]|None) -> tuple[list[dict], list[dict]]:
+def split_records(records:Sequence, held_out:Sequence|None) -> tuple[list, list]:
     "The records to fit on and the ones to check on: a random half of them, the same on every call, where none are given."
     if held_out is not None: return list(records), list(held_out)
     if len(records) < 2: raise ValueError(f"{len(records)} records cannot be split; give two at least, or held_out")
@@ -167,38 +174,40 @@ def check_budget(target_kl:float, stat:str, sign:int, bracket:Sequence, tol:floa
     if stat not in AGGREGATES: raise ValueError(f"unknown stat {stat!r}; give one of {', '.join(AGGREGATES)}")
     if not (math.isfinite(target_kl) and target_kl > 0): raise ValueError(f"target_kl must be positive nats, got {target_kl}")
     if sign not in (1, -1): raise ValueError(f"sign must be +1 or -1, got {sign!r}")
-    if not 0 <= bracket[0] < bracket[1] < math.inf: raise ValueError(f"bracket must be 0 <= lo < hi, got {bracket}; it is of |c|")
+    if np.shape(bracket) != (2,) or not 0 <= bracket[0] < bracket[1] < math.inf:
+        raise ValueError(f"bracket must be 0 <= lo < hi, got {bracket}; it is of |c|")
     if not 0 < tol < 1: raise ValueError(f"tol must be a share of the budget between 0 and 1, got {tol}")
 
-# %% ../nbs/16_sweep.ipynb #f98c147c
+# %% ../nbs/16_sweep.ipynb #4fbbea0c
 ENOUGH = 1500 # answer tokens a side, below which a 95th percentile is a guess
 
 class Measured:
     "The divergence from c = 0 on a text, dose after dose, counting forwards."
-    def __init__(self, adapter:Adapter, readout:Readout, text:Sequence[Batch]):
-        self.adapter, self.readout, self.forwards = adapter, readout, len(text)
-        self.text = readings(readout, text)
+    def __init__(self, adapter:Adapter, readout:Readout, text:Sequence[Batch], shown:Mapping):
+        self.adapter, self.readout, self.forwards, self.shown = adapter, readout, len(text), shown
+        self.text = readings(readout, text, shown)
         self.record = torch.cat([r.record for r in self.text])
 
     def tokens(self, c:float) -> Float[Tensor, "n"]:
         "KL(c‖0) of every answer token, in nats."
         self.forwards += len(self.text)
         states = lambda r: list(at_doses(self.adapter, self.readout, r.batch, [c]))
-        seen = tqdm(self.text, desc=f"c = {c:+.3g}", leave=False, delay=1)
+        seen = tqdm(self.text, desc=f"c = {c:+.3g}", leave=False, delay=1, **self.shown)
         return torch.cat([compared(self.readout, r, states(r))[0, 0] for r in seen])
 
     def value(self, c:float, stat:str) -> float:
         value = aggregate(self.tokens(c).double(), stat).item()
-        return value if math.isfinite(value) else math.inf  # a dose that destroys the model is beyond every budget
+        return max(value, 0.0) if math.isfinite(value) else math.inf  # what destroys the model is beyond every budget
 
-# %% ../nbs/16_sweep.ipynb #e1522d49
-def out_of_reach(target_kl:float, stat:str, bracket:Sequence, largest:float, forwards:int, sizes:tuple[int, int]) -> Calibration:
+# %% ../nbs/16_sweep.ipynb #79212baf
+def out_of_reach(target_kl:float, stat:str, bracket:Sequence, nearest:float, forwards:int, sizes:tuple[int, int]) -> Calibration:
     "A calibration that found nothing, and says so."
-    logger.warning("calibrate_c: no |c| in %s has a %s KL of %g nats (at most %.3g found); widen the bracket", bracket, stat,
-                   target_kl, largest)
+    found = "more already at its lower end" if nearest > target_kl else "less still at its upper end"
+    logger.warning("calibrate_c: no |c| in %s has a %s KL of %g nats: %s (%.3g); change the bracket, or the budget", bracket,
+                   stat, target_kl, found, nearest)
     return Calibration(math.nan, False, math.nan, math.nan, forwards, (math.nan, math.nan), target_kl, stat, sizes)
 
-# %% ../nbs/16_sweep.ipynb #c013ee92
+# %% ../nbs/16_sweep.ipynb #da35bf64
 @torch.no_grad()
 def calibrate_c(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # detached
                 records:Sequence[dict], # pairs (the chosen answers count) or samples
@@ -209,14 +218,15 @@ def calibrate_c(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, #
                 bracket:Sequence=(0.0, 4.0), # of |c|
                 tol:float=0.05, # share of the budget
                 batch_size:int=8, max_len:int=512, # sequences a forward, tokens
+                progress:bool=True, # show bars
                ) -> Calibration:
     "The dose whose KL(c‖0) meets a budget. Out of reach in the bracket: `reached` False, `c` NaN. `ValueError`: bad arguments."
     check_budget(target_kl, stat, sign, bracket, tol)
-    parts = split_records(records, held_out)
-    text = [text_batches(tok, part, sides_of(part)[0], batch_size, max_len) for part in parts]
-    with adapter(model, 0.0):
+    encoded = lambda of: None if of is None else encode_records(tok, of, sides_of(of)[0], max_len)
+    text = [text_batches(tok, part, batch_size) for part in split_records(encoded(records), encoded(held_out))]
+    with evaluating(model), adapter(model, 0.0):
         readout = Readout(model, text[0][0], [adapter])
-        fit, check = (Measured(adapter, readout, t) for t in text)
+        fit, check = (Measured(adapter, readout, t, bars(progress)) for t in text)
         sizes = len(fit.record), len(check.record)
         if min(sizes) < ENOUGH: logger.warning("calibrate_c: %d and %d answer tokens; %d a side steady a p95", *sizes, ENOUGH)
         size, kl = crossing(lambda c: fit.value(sign * c, stat), target_kl, *map(float, bracket), tol)

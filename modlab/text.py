@@ -5,43 +5,60 @@
 # %% auto #0
 __all__ = ['encode', 'sides_of', 'encode_records', 'Batch', 'collate', 'batches']
 
-# %% ../nbs/03_text.ipynb #ad18e460
+# %% ../nbs/03_text.ipynb #d22fc2b7
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-# %% ../nbs/03_text.ipynb #ef365362
-Prompt = str | list[dict[str, str]] # text, or chat messages {role, content}
+# %% ../nbs/03_text.ipynb #8882226a
+def check_count(field:str, value:object, least:int=1) -> None:
+    "`ValueError` unless it is a whole number, and not too small."
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{field} must be a whole number of at least {least}, got {value!r}")
 
-def prompt_ids(tok:PreTrainedTokenizerBase, prompt:Prompt) -> list[int]:
-    "Token ids of a prompt; `ValueError` for chat messages where the tokenizer has no chat template."
-    if isinstance(prompt, str): return tok(prompt).input_ids
+Prompt = str | list[dict[str, str]] # text, or chat messages {role, content}
+Encoded = tuple[list[int], int] # (ids, n_prompt): answer tokens are ids[n_prompt:], possibly none
+
+def check_messages(tok:PreTrainedTokenizerBase, messages:Sequence) -> None:
     if not tok.chat_template:
         raise ValueError(f"the prompt is a list of chat messages, but {type(tok).__name__} has no chat template; "
                          "give the prompt as text, or set tok.chat_template")
-    text = tok.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    if not messages: raise ValueError("the prompt is an empty list; give chat messages {role, content}, or text")
+    for n, message in enumerate(messages):
+        if not (isinstance(message, dict) and {"role", "content"} <= set(message)):
+            raise ValueError(f"message {n} of the prompt is {message!r}, expected {{role, content}}")
+
+def prompt_ids(tok:PreTrainedTokenizerBase, prompt:Prompt) -> list[int]:
+    "Token ids of a prompt. `ValueError` for chat messages that are none, or that the tokenizer has no template for."
+    if isinstance(prompt, str): return tok(prompt).input_ids
+    check_messages(tok, prompt)
+    try: text = tok.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    except TemplateError as e: raise ValueError(f"the tokenizer's chat template refuses the prompt: {e}") from e
     return tok(text, add_special_tokens=False).input_ids
 
-# %% ../nbs/03_text.ipynb #1e4a6f15
+# %% ../nbs/03_text.ipynb #cc1748a1
 def encode(tok:PreTrainedTokenizerBase,
            prompt:Prompt,
            completion:str,
            max_len:int=512, # tokens; the end of the completion is cut to fit
-          ) -> tuple[list[int], int]: # (ids, n_prompt): completion tokens are ids[n_prompt:], possibly none
+          ) -> Encoded: # (ids, n_prompt)
     "Prompt and completion tokenised apart and joined, so that no merge crosses the border."
     before = prompt_ids(tok, prompt)
     ids = (before + tok(completion, add_special_tokens=False).input_ids)[:max_len]
     return ids, min(len(before), len(ids))
 
-# %% ../nbs/03_text.ipynb #7c2b2910
+# %% ../nbs/03_text.ipynb #0196f110
 def sides_of(records:Sequence[dict]) -> tuple[str, ...]: # ("cho", "rej") for pairs, ("completion",) for samples
     "The answers that every record carries; `ValueError` names the first record that is of neither kind or of another kind."
-    if not records: raise ValueError("no records: give dicts {prompt, cho, rej} or {prompt, completion}")
+    if not len(records): raise ValueError("no records: give dicts {prompt, cho, rej} or {prompt, completion}")
+    for n, record in enumerate(records):
+        if not isinstance(record, Mapping): raise ValueError(f"record {n} is {record!r}, expected a dict")
     kinds = ("cho", "rej"), ("completion",)
     wanted = next((k for k in kinds if set(k) <= set(records[0])), None)
     for n, record in enumerate(records):
@@ -50,18 +67,37 @@ def sides_of(records:Sequence[dict]) -> tuple[str, ...]: # ("cho", "rej") for pa
                              f"{' and '.join(wanted) if wanted else 'cho and rej, or completion'}")
     return wanted
 
-# %% ../nbs/03_text.ipynb #c3bacea9
+# %% ../nbs/03_text.ipynb #54331cac
+def encode_side(tok:PreTrainedTokenizerBase, record:dict, side:str, max_len:int) -> Encoded:
+    "One answer of a record. `ValueError` for what is no text."
+    for key, kinds in {"prompt": str | list, side: str}.items():
+        if key not in record: raise ValueError(f"there is no {key!r} among {sorted(record)}")
+        if not isinstance(record[key], kinds): raise ValueError(f"{key} is {record[key]!r}, expected text")
+    return encode(tok, record["prompt"], record[side], max_len)
+
+def has_answer(encoded:Encoded) -> bool:
+    "Is there an answer token that something comes before? Nothing predicts the first token of all."
+    ids, n_prompt = encoded
+    return len(ids) > max(n_prompt, 1)
+
+# %% ../nbs/03_text.ipynb #4234c5f0
 def encode_records(tok:PreTrainedTokenizerBase, records:Sequence[dict],
                    side:str, # "cho", "rej" or "completion"
                    max_len:int=512, # tokens
-                  ) -> list[tuple[list[int], int]]: # (ids, n_prompt), each with a completion token at least
-    "Encode one side of every record. Those left without a completion token are dropped with a warning; `ValueError` if all are."
-    encoded = [encode(tok, r["prompt"], r[side], max_len) for r in records]
-    empty = [n for n, (ids, n_prompt) in enumerate(encoded) if n_prompt == len(ids)]
-    said = f"no token of {side!r} is left within max_len={max_len} in records {empty}"
-    if len(empty) == len(encoded): raise ValueError(f"{said}: nothing remains; raise max_len or shorten the prompts")
+                  ) -> list[Encoded]: # (ids, n_prompt), each with an answer token at least
+    """One side of every record. A record is left out, with a warning, if an answer of it has no token within `max_len`.
+    `ValueError`, with the index, for what is no text, or if no record remains."""
+    check_count("max_len", max_len)
+    kept, empty, answers = [], [], {*sides_of(records), side}
+    for n, record in enumerate(records):
+        try: sides = {answer: encode_side(tok, record, answer, max_len) for answer in answers}
+        except ValueError as e: raise ValueError(f"record {n}: {e}") from e
+        if all(map(has_answer, sides.values())): kept.append(sides[side])
+        else: empty.append(n)
+    said = f"no token of an answer is left within max_len={max_len} in records {empty}"
+    if not kept: raise ValueError(f"{said}: nothing remains; raise max_len or shorten the prompts")
     if empty: warnings.warn(f"{said}; they are left out", stacklevel=2)
-    return [e for e in encoded if e[1] < len(e[0])]
+    return kept
 
 # %% ../nbs/03_text.ipynb #6ab93d54
 @dataclass(frozen=True)
@@ -75,8 +111,8 @@ class Batch:
         "What the model's forward takes."
         return dict(input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
 
-# %% ../nbs/03_text.ipynb #e904542c
-def collate(encoded:Sequence[tuple[list[int], int]], # (ids, n_prompt) as `encode` gives them
+# %% ../nbs/03_text.ipynb #ea2534f8
+def collate(encoded:Sequence[Encoded], # (ids, n_prompt) as `encode` gives them
             pad_id:int=0, # any token id will do: padding is masked and comes last
            ) -> Batch:
     "Pad on the right to the longest."
@@ -86,12 +122,13 @@ def collate(encoded:Sequence[tuple[list[int], int]], # (ids, n_prompt) as `encod
     padded = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids, _ in encoded])
     return Batch(padded, (position < length).long(), (position >= border) & (position < length))
 
-# %% ../nbs/03_text.ipynb #34a5a7cf
+# %% ../nbs/03_text.ipynb #25cf5410
 def batches(tok:PreTrainedTokenizerBase, records:Sequence[dict], side:str,
             batch_size:int=8, # sequences
             max_len:int=512, # tokens
            ) -> Iterator[Batch]:
     "One side of the records as batches, in order."
+    check_count("batch_size", batch_size)
     encoded = encode_records(tok, records, side, max_len)
     pad_id = 0 if tok.pad_token_id is None else tok.pad_token_id
     for n in range(0, len(encoded), batch_size): yield collate(encoded[n:n + batch_size], pad_id)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NonFiniteLoss']
 
-# %% ../nbs/17_training.ipynb #be0078ea
+# %% ../nbs/17_training.ipynb #4ac558de
 import hashlib
 import html
 import json
@@ -13,9 +13,9 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +27,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-# %% ../nbs/17_training.ipynb #efd4cdb7
-def check_count(field:str, value:object, least:int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{field} must be a whole number of at least {least}, got {value!r}")
+from .text import check_count
 
+# %% ../nbs/17_training.ipynb #e5e3a566
 def check_settings(cfg:"TrainConfig") -> None:
     "`ValueError` for a setting that makes no sense, saying what would."
+    for field in fields(cfg):
+        if field.type in (float, "float") and not isinstance(getattr(cfg, field.name), Real):
+            raise ValueError(f"{field.name} must be a number, got {getattr(cfg, field.name)!r}")
     counts = dict(epochs=1, batch_size=1, grad_accum=1, max_len=1, seed=0) | ({} if cfg.log_every is None else dict(log_every=1))
     for field, least in counts.items(): check_count(field, getattr(cfg, field), least)
     if not 0 < cfg.lr < math.inf: raise ValueError(f"lr must be positive and finite, got {cfg.lr}")
     if not cfg.grad_clip > 0: raise ValueError(f"grad_clip must be positive, got {cfg.grad_clip}; math.inf clips nothing")
     for field, end in dict(weight_decay=math.inf, warmup_ratio=1, val_frac=1).items():
         if not 0 <= getattr(cfg, field) < end: raise ValueError(f"{field} must be in [0, {end}), got {getattr(cfg, field)}")
-    if not (len(cfg.betas) == 2 and all(0 <= b < 1 for b in cfg.betas)):
+    if not (isinstance(cfg.betas, Sequence) and len(cfg.betas) == 2 and all(0 <= b < 1 for b in cfg.betas)):
         raise ValueError(f"betas must be two numbers in [0, 1), got {cfg.betas}; (0.9, 0.95) is usual here")
 
 # %% ../nbs/17_training.ipynb #1a2bb9f2
@@ -252,14 +253,17 @@ def restore(run:Run, state:dict) -> None:
     run.schedule.load_state_dict(state["schedule"])
     run.step, run.rows = state["step"], state["rows"]
 
-# %% ../nbs/17_training.ipynb #a086451c
+# %% ../nbs/17_training.ipynb #a81c8e2b
+def check_path(path:str|Path|None) -> None:
+    "`FileNotFoundError` for a file in a folder that is not there. Said before anything is computed."
+    if path is not None and not (folder := Path(path).parent).is_dir():
+        raise FileNotFoundError(f"{path}: the folder {folder} does not exist; create it first")
+
 class Keeper:
     "Goes on from a run's file if it is there, and writes it as the run goes; does nothing without a path."
     def __init__(self, run:Run, path:str|Path|None, identity:Mapping[str, object]):
         self.run, self.path, self.written = run, None if path is None else Path(path), time.monotonic()
         self.identity = json.loads(json.dumps(asdict(run.cfg) | dict(identity, processes=run.world), default=float))
-        if self.path and not self.path.parent.is_dir():
-            raise FileNotFoundError(f"{path}: the folder {self.path.parent} does not exist; create it first")
         if self.path and self.path.exists(): restore(run, read_state(self.path, self.identity))
         if self.path and run.world > 1 and len(set(gather_object([run.step]))) > 1:
             raise OSError(f"{path}: not all processes find the same file there; give a path in a folder that they share")
@@ -269,16 +273,7 @@ class Keeper:
         write_state(self.path, self.run, self.identity)
         self.written = time.monotonic()
 
-# %% ../nbs/17_training.ipynb #4114d5d9
-@contextmanager
-def evaluating(model:nn.Module) -> Iterator[None]:
-    "Evaluation mode for a `with` block; every module then gets back the mode that it had."
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try: yield
-    finally:
-        for m, mode in modes.items(): m.training = mode
-
+# %% ../nbs/17_training.ipynb #fa7b3c81
 def one_epoch(run:Run, epoch:int, keeper:Keeper, bar:tqdm, show:Callable[[dict], dict]) -> None:
     for indices in run.plan(epoch):
         one_step(run, epoch, indices)

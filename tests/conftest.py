@@ -13,7 +13,7 @@ os.environ.setdefault("MODLAB_SVD_CACHE", "0")  # tests leave nothing behind
 os.environ["MODLAB_SVD_CACHE"] = "0"  # what an earlier run computed must not stand in for what this one should
 
 assert "modlab" not in sys.modules, "modlab was imported before the hook that checks its types"
-install_import_hook("modlab", "beartype.beartype")
+install_import_hook("modlab", "checked.beartype")
 
 
 @pytest.fixture

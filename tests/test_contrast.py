@@ -157,12 +157,23 @@ def test_a_zero_gradient_has_no_cosine_and_says_so(caplog):
     assert math.isnan(table[name]) and table.notna().sum() == 27 and "zero in 2 of 28" in caplog.text
 
 
+def test_a_gradient_of_a_loss_that_is_no_number_is_refused():
+    model, tok = tiny_model()
+    model.get_input_embeddings().weight.data[tok("z").input_ids[0]] = math.nan
+    a, pairs = fresh("lora", model), [*LETTERS[:4], dict(prompt="z", cho="a", rej="b"), LETTERS[5]]
+    before = state(model)
+    with pytest.raises(ValueError, match=r"loss of cho is not finite among the pairs \[4, 5\]"):
+        gradient_cosine(model, tok, a, pairs, batch_size=2)
+    assert not a.attached and not {k for k in changes(before, model) if "values" not in k}
+
+
 @pytest.mark.parametrize("bad, match", [
     ([dict(prompt="?", cho="yes", rej="yes")], "pair 5: cho and rej are the same"),
     ([dict(prompt="?", cho="", rej="b")], "pair 5, cho"), ([dict(prompt="?", cho="a", rej=None)], "pair 5, rej"),
     ([dict(prompt="?" * 40, cho="a", rej="b")], "pair 5, cho.*max_len=32"),
     ([dict(prompt="?", cho="c" * 40 + "a", rej="c" * 40 + "b")], "pair 5.*same.*max_len=32"),
     ([dict(prompt=[dict(role="user", content="?")], cho="a", rej="b")], "pair 5, cho.*chat template"),
+    ([dict(prompt=[dict(role="user")], cho="a", rej="b")], "pair 5, cho.*chat template"),
     ([dict(prompt="?", completion="a")], "record 5"), (slice(0, 2), "2 pairs are fewer than batch_size=4"),
     (slice(0, 0), "no records"), ([dict(prompt="?", cho="a", rej="b" * 60)], None)])
 def test_bad_pairs_are_named_before_anything_starts(bad, match):

@@ -298,8 +298,8 @@ def test_a_calibration_that_failed_marks_nothing():
 def test_closing_in_the_middle_leaves_the_model_free(opened, moment):
     e = opened(max_new_tokens=400 if moment == "writing" else 1, min_new_tokens=1, cs=list(range(1, 40)))
     end = time.monotonic() + 30
-    while moment not in e.ui.status.value and time.monotonic() < end: time.sleep(0.001)
-    assert moment in e.ui.status.value
+    while moment not in e.ui.busy.value and time.monotonic() < end: time.sleep(0.001)
+    assert moment in e.ui.busy.value
     e.ui.quit.click()
     assert not e.adapter.attached and not hooks(e.model) and e.adapter.c == 0
     assert "free" in e.ui.status.value and e.ui.c.disabled and e.ui.go.disabled

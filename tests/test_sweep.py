@@ -1,6 +1,7 @@
 """Curves and calibrations on tiny models, against full logits and against what was asked for."""
 import math
 
+import pandas as pd
 import pytest
 import torch
 from models import adapter_of, build, changes, state
@@ -11,6 +12,7 @@ from modlab import (
     ModulatedLoRA,
     aggregate,
     calibrate_c,
+    capture_activations,
     collate,
     encode_records,
     kl_curve,
@@ -85,6 +87,44 @@ def test_samples_have_no_margin():
     assert "margin" not in curve and "nll_rej" not in curve and curve.n_tokens[0] == 3
 
 
+@pytest.mark.parametrize("empty", [dict(cho=""), dict(rej=""), dict(prompt="q" * 600)])
+def test_a_pair_without_an_answer_counts_on_neither_side(empty):
+    model, tok = tiny_model()
+    a, pairs = adapter_of("lora", model), [*PAIRS[:3], PAIRS[3] | empty, *PAIRS[4:]]
+    with pytest.warns(UserWarning, match=r"records \[3\]"): curve = kl_curve(model, tok, a, pairs, [0, 1])
+    pd.testing.assert_frame_equal(curve, kl_curve(model, tok, a, PAIRS[:3] + PAIRS[4:], [0, 1]))
+
+
+def refusing(tok):
+    tok.chat_template = "{{ raise_exception('no system role here') }}"
+    return tok
+
+
+CHAT = [dict(role="system", content="Be brief.")]
+
+
+@pytest.mark.parametrize("f", [lambda *args: kl_curve(*args, [1]), lambda *args: calibrate_c(*args, 1),
+                               lambda model, tok, a, records: capture_activations(model, tok, records)])
+@pytest.mark.parametrize("bad, mend, match", [
+    (dict(cho=None), lambda tok: tok, "record 4: cho is None"), (dict(prompt=3), lambda tok: tok, "record 4: prompt is 3"),
+    (dict(prompt=[dict(user="hi")]), lambda tok: tok, "record 4: message 0 of the prompt is {'user': 'hi'}"),
+    (dict(prompt=CHAT), refusing, "record 4: .* refuses the prompt: no system role here")])
+def test_what_is_no_text_is_named_by_its_record(f, bad, mend, match):
+    model, tok = tiny_model()
+    a, before = adapter_of("lora", model), state(model)
+    with pytest.raises(ValueError, match=match): f(model, mend(tok), a, PAIRS[:4] + [PAIRS[4] | bad] + PAIRS[5:])
+    assert not changes(before, model) and not a.attached
+
+
+def test_no_pad_token_is_needed():
+    model, tok = tiny_model()
+    a = adapter_of("lora", model)
+    padded = kl_curve(model, tok, a, PAIRS, [1.0])
+    tok.pad_token = None
+    assert tok.pad_token_id is None
+    pd.testing.assert_frame_equal(kl_curve(model, tok, a, PAIRS, [1.0]), padded)
+
+
 SAMPLES = [dict(prompt=f"q{n}", completion="".join(chr(97 + (n * 11 + i * i) % 26) for i in range(40))) for n in range(80)]
 
 
@@ -114,10 +154,10 @@ def test_out_of_reach_is_said_and_nothing_invented(caplog):
     model, tok = tiny_model()
     cal = calibrate_c(model, tok, ModulatedLoRA(model, r=2), SAMPLES[:8], 0.1)
     assert not cal.reached and all(map(math.isnan, (cal.c, cal.kl, cal.kl_held_out, *cal.interval))) and cal.forwards > 0
-    assert any("widen the bracket" in r.message for r in caplog.records) and any("1500" in r.message for r in caplog.records)
+    assert "less still at its upper end (0)" in caplog.text and "1500" in caplog.text
     a = adapter_of("lora", model)
     low = calibrate_c(model, tok, a, SAMPLES[:8], 1e-4, bracket=(1, 4))
-    assert not low.reached and math.isnan(low.c), "even the low end is beyond the budget"
+    assert not low.reached and math.isnan(low.c) and "more already at its lower end" in caplog.text
 
 
 def test_a_dose_that_destroys_the_model_is_beyond_every_budget():
@@ -129,7 +169,7 @@ def test_a_dose_that_destroys_the_model_is_beyond_every_budget():
 @pytest.mark.parametrize("bad, match", [(dict(target_kl=-1.0), "positive"), (dict(target_kl=float("nan")), "positive"),
                                         (dict(stat="p50"), "p95"), (dict(sign=2), "sign"), (dict(bracket=(3, 1)), "bracket"),
                                         (dict(tol=0.0), "tol"),
-                                        (dict(records=[]), "cannot be split"), (dict(records=SAMPLES[:1]), "split")])
+                                        (dict(records=[]), "no records"), (dict(records=SAMPLES[:1]), "split")])
 def test_bad_arguments(bad, match):
     model, tok = tiny_model()
     a = adapter_of("lora", model)
