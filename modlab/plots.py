@@ -21,9 +21,10 @@ SCORE_COLOURS = {"s_only": "#0072B2", "wanda": "#E69F00", "act_only": "#009E73",
                  "random": "#7F7F7F", "shuffled": "#7F7F7F"}
 SIGN_COLOURS = {+1: "#0072B2", -1: "#D55E00"} # of a dose, and of the answers that it is for: chosen and rejected
 
-# %% ../nbs/20_plots.ipynb #6529ca3f
+# %% ../nbs/20_plots.ipynb #e24a9e31
 def need(df:pd.DataFrame, *columns:str) -> None:
-    "`ValueError` naming the columns that a plot needs and the table lacks."
+    "`ValueError` for an empty table, or naming the columns that a plot needs and the table lacks."
+    if not len(df): raise ValueError("the table has no rows")
     if missing := [c for c in columns if c not in df]:
         raise ValueError(f"the table lacks the columns {missing}; it has {list(df.columns)}")
 
@@ -40,7 +41,7 @@ def strip(ax:Axes, picks:pd.Series, mode:str, row:int, rows:int) -> None:
     ax.vlines(picks, low, high, transform=ax.get_xaxis_transform(), colors=colour(mode), linewidth=0.8)
     ax.annotate(mode, (1.01, (low + high) / 2), xycoords="axes fraction", va="center", fontsize=8, color=colour(mode))
 
-# %% ../nbs/20_plots.ipynb #764ec216
+# %% ../nbs/20_plots.ipynb #446acb17
 def plot_selection(df:pd.DataFrame, # one layer: index, S, chosen, and mode (one block of rows per score)
                    ax:Axes|None=None,
                   ) -> Axes:
@@ -51,8 +52,10 @@ def plot_selection(df:pd.DataFrame, # one layer: index, S, chosen, and mode (one
     spectrum = df[df["mode"] == modes[0]].sort_values("index")
     ax.semilogy(spectrum["index"], spectrum["S"], color=ink(), linewidth=1.2)
     for row, mode in enumerate(modes): strip(ax, df[(df["mode"] == mode) & df["chosen"]]["index"], mode, row, len(modes))
-    low, high = np.log10(spectrum["S"].clip(lower=spectrum["S"].max() * 1e-4).agg(["min", "max"]))
-    ax.set_ylim(10 ** (high + 0.1 - (high - low + 0.2) / 0.55), 10 ** (high + 0.1))  # the upper 55 % for the spectrum
+    top = spectrum["S"].max()
+    if top > 0: # the upper 55 % for the spectrum
+        low, high = np.log10(spectrum["S"].clip(lower=top * 1e-4).agg(["min", "max"]))
+        ax.set_ylim(10 ** (high + 0.1 - (high - low + 0.2) / 0.55), 10 ** (high + 0.1))
     ax.yaxis.set_minor_formatter(NullFormatter())  # a spectrum within one decade would crowd the axis with labels
     ax.set(xlabel="singular direction j (0 = largest)", ylabel="singular value $S_j$")
     return ax

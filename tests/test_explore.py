@@ -1,19 +1,24 @@
 """The study and the explorer without a browser: callbacks are called, and what they wrote into the widgets is read."""
+import gc
 import html
+import math
 import re
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import browser_test
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from models import adapter_of, changes, state
+from test_legacy import pissa_file
 
-from modlab import Calibration, ModulatedLoRA, ModulatedPiSSA, Study, explore, load_pairs, tiny_model
+from modlab import Calibration, ModulatedLoRA, ModulatedPiSSA, Study, explore, kl_curve, load_pairs, tiny_model
 from modlab.explore import Latest, beside, page, reading
 from modlab.study import Stale, breaking_off, measure, nearest, spectra, static, write_beside
 
@@ -309,6 +314,69 @@ def test_closing_in_the_middle_leaves_the_model_free(opened, moment):
     assert not [t for t in threading.enumerate() if t.name.startswith("modlab-explore")]
 
 
+def test_a_cell_that_runs_the_model_meanwhile_sees_it_undosed(opened):
+    e = opened(cs=list(range(1, 30)), max_new_tokens=40)
+    ids, fresh = e.tok("a question", return_tensors="pt"), ModulatedLoRA(e.model, r=2)
+    with torch.no_grad(): alone = [torch.equal(e.model(**ids).logits, e.model(**ids).logits) for _ in range(40)]
+    curve = kl_curve(e.model, e.tok, fresh, PAIRS, [1])
+    assert e.ui.busy.value and all(alone) and curve.kl_rev_max.item() == 0, "it was at work, and nothing of it was seen"
+    e.close()
+    with torch.no_grad(): assert torch.equal(e.model(**ids).logits, tiny_model()[0](**ids).logits)
+
+
+def test_a_block_elsewhere_acts_in_every_thread():
+    model, tok = tiny_model()
+    a, ids, seen = adapter_of("lora", model), tok("a question", return_tensors="pt"), []
+    with torch.no_grad():
+        base = model(**ids).logits
+        with a(model, 1):
+            worker = threading.Thread(target=lambda: seen.append(model(**ids).logits.detach()))
+            worker.start(), worker.join()
+            assert torch.equal(seen[0], model(**ids).logits) and not torch.equal(seen[0], base)
+
+
+def test_closing_lets_go_of_the_model():
+    model, tok = tiny_model()
+    e = explore(model, tok, adapter_of("lora", model), PAIRS, cs=[1], widgets=True, max_new_tokens=1)
+    e.close()
+    gone = weakref.ref(model)
+    del model, tok, e
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_will_not_do_leaves_the_open_one_alone(opened):
+    e = opened()
+    with pytest.raises(ValueError, match="finite"): explore(e.model, e.tok, e.adapter, PAIRS, cs=[math.nan], widgets=True)
+    with pytest.raises(ValueError, match="record 1: cho is None"):
+        explore(e.model, e.tok, e.adapter, [PAIRS[0], PAIRS[1] | dict(cho=None)], widgets=True)
+    settled(e)
+    assert not e.ui.c.disabled and e.error is None
+
+
+def test_a_prompt_that_cannot_be_written_does_not_stop_the_curve(opened):
+    e = opened(records=[dict(prompt="", completion="some text")])
+    e.write().result(60)
+    assert "no token" in e.ui.status.value and len(e.curve) == 3 and e.ui.busy.value == ""
+
+
+def test_turns_before_the_last_are_kept(opened, monkeypatch):
+    chat, seen = [dict(role="system", content="Be brief."), dict(role="user", content="Tea?")], []
+    monkeypatch.setattr(sys.modules["modlab.explore"], "write_beside", lambda *args, **_: seen.append(args[3]))
+    e = opened(records=[dict(prompt=chat, cho="Yea.", rej="no")])
+    settled(e)
+    e.ui.prompt.value = "Coffee?"
+    settled(e)
+    assert seen[0] == chat and seen[-1] == [chat[0], dict(role="user", content="Coffee?")]
+
+
+def test_doses_on_one_side_can_be_calibrated(opened):
+    e = opened(cs=[-2, -1], records=load_pairs("test")[:4])
+    e.ui.budget.value = 0.02
+    e.fit().result(60)
+    assert e.calibrated < 0 and e.error is None
+
+
 def test_a_second_one_on_the_same_model_closes_the_first(opened):
     e = opened()
     second = explore(e.model, e.tok, e.adapter, PAIRS, cs=[1], widgets=True, max_new_tokens=2)
@@ -319,6 +387,25 @@ def test_a_second_one_on_the_same_model_closes_the_first(opened):
 
 
 # ---- without a page ----
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_scores_can_be_tried_on_rounds_and_narrow_factors(rounds):
+    model, tok = tiny_model()
+    model = model.to(torch.bfloat16) if rounds == 2 else model
+    for _ in range(rounds): a = ModulatedPiSSA(model, r=8, selection_score="s_only", dtype=torch.bfloat16)
+    name = next(iter(a.layers))
+    table = spectra(Study(model, tok, a, PAIRS, [1]), name, ["s_only", "wanda"], never).set_index("index")
+    held, same = (table[table["mode"] == mode].chosen for mode in ("held", "s_only"))
+    assert held.sum() == 8 and held.equals(same)
+
+
+def test_a_file_that_names_no_directions_still_has_a_figure(tmp_path):
+    model, tok = tiny_model()
+    pissa_file(tmp_path / "old.safetensors", model)
+    x = explore(model, tok, ModulatedPiSSA.from_checkpoint(model, tmp_path / "old.safetensors"), PAIRS, cs=[1])
+    assert "does not say" in x.figure.axes[1].texts[0].get_text() and len(x.curve) == 2
+
+
 
 @pytest.mark.parametrize("kind", ["lora", "pissa-unextracted"])
 def test_without_a_page_there_is_a_figure(kind):

@@ -64,3 +64,16 @@ def test_the_pairs_keep_their_promises():
     assert len(prompts[0]) == len(train) >= 128 and len(prompts[1]) == len(test) >= 32 and not prompts[0] & prompts[1]
     assert len({r["subject"] for r in train}) >= 8 and all(r["cho"] != r["rej"] for r in train + test)
     assert len(load_pairs()) == len(train) + len(test) >= 160
+
+
+def test_a_line_may_hold_a_line_separator(tmp_path):
+    pair = dict(prompt="a\u2028b", cho="c\u0085d", rej="e")
+    text = json.dumps(pair, ensure_ascii=False)
+    (tmp_path / "mine.jsonl").write_text(f"{text}\n{text}\n", encoding="utf-8")
+    assert load_pairs(path=tmp_path / "mine.jsonl") == [pair, pair]
+
+
+@pytest.mark.parametrize("line", ['{"prompt": ', "3", '["a"]'])
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' + line)
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 2: "): load_pairs(path=tmp_path / "mine.jsonl")

@@ -4,6 +4,7 @@ import math
 import pandas as pd
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from models import adapter_of, build, changes, state
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
@@ -15,6 +16,7 @@ from modlab import (
     capture_activations,
     collate,
     encode_records,
+    gradient_cosine,
     kl_curve,
     kl_fwd,
     kl_rev,
@@ -116,6 +118,45 @@ def test_what_is_no_text_is_named_by_its_record(f, bad, mend, match):
     assert not changes(before, model) and not a.attached
 
 
+@pytest.mark.parametrize("f", [kl_curve, calibrate_c, capture_activations, gradient_cosine])
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+def test_a_batch_has_at_least_one_row(f, size):
+    model, tok = tiny_model()
+    args = dict(capture_activations=[PAIRS]).get(f.__name__, [adapter_of("lora", model), PAIRS, 1])
+    args = {"kl_curve": args[:2] + [[1]], "gradient_cosine": args[:2]}.get(f.__name__, args)
+    with pytest.raises((ValueError, TypeCheckError), match="batch_size"): f(model, tok, *args, batch_size=size)
+
+
+def test_dropout_is_no_divergence():
+    model, tok = tiny_model()
+    for block in model.model.layers: block.self_attn.attention_dropout = 0.5
+    a = adapter_of("lora", model)
+    expected = kl_curve(model, tok, a, PAIRS, [0, 1]), capture_activations(model, tok, PAIRS)
+    model.train()
+    with torch.no_grad(): assert not torch.equal(*(model(**tok("a question", return_tensors="pt")).logits for _ in range(2)))
+    pd.testing.assert_frame_equal(kl_curve(model, tok, a, PAIRS, [0, 1]), expected[0])
+    captured = capture_activations(model, tok, PAIRS)
+    assert all(torch.equal(of["cho"], captured[name]["cho"]) for name, of in expected[1].items())
+    assert calibrate_c(model, tok, a, PAIRS, 0.01).reached and all(m.training for m in model.modules())
+
+
+def test_a_budget_below_rounding_is_no_crash():
+    model, tok = tiny_model()
+    a = ModulatedLoRA(model, r=4)
+    for B in a.B.values(): B.data.normal_(std=0.05)
+    cal = calibrate_c(model, tok, a, SAMPLES[:8], 1e-9, stat="mean")
+    assert not cal.reached or abs(cal.kl - 1e-9) <= 0.05e-9
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_no_bar_where_none_is_wanted(quiet, monkeypatch):
+    said, (model, tok) = [], tiny_model()
+    monkeypatch.setattr("modlab.sweep.tqdm", lambda of, disable=False, **kw: said.append(disable) or of)
+    a = adapter_of("lora", model)
+    kl_curve(model, tok, a, PAIRS, [1], progress=not quiet), calibrate_c(model, tok, a, PAIRS, 0.01, progress=not quiet)
+    assert len(said) > 4 and set(said) == {quiet}
+
+
 def test_no_pad_token_is_needed():
     model, tok = tiny_model()
     a = adapter_of("lora", model)
@@ -168,6 +209,7 @@ def test_a_dose_that_destroys_the_model_is_beyond_every_budget():
 
 @pytest.mark.parametrize("bad, match", [(dict(target_kl=-1.0), "positive"), (dict(target_kl=float("nan")), "positive"),
                                         (dict(stat="p50"), "p95"), (dict(sign=2), "sign"), (dict(bracket=(3, 1)), "bracket"),
+                                        (dict(bracket=(4,)), "bracket"), (dict(bracket=(0, 1, 2)), "bracket"),
                                         (dict(tol=0.0), "tol"),
                                         (dict(records=[]), "no records"), (dict(records=SAMPLES[:1]), "split")])
 def test_bad_arguments(bad, match):
