@@ -1,6 +1,7 @@
 """The explorer as a user sees it: JupyterLab on the loopback, a real browser, a notebook run from its menu.
 
-Started by `make browser-test`; MODLAB_SCREENSHOT=docs/screenshots/explore.png keeps a picture of it for the documentation."""
+Started by `make browser-test`. MODLAB_ADAPTER=file goes through it with that adapter on the default model instead of the tiny one, and
+MODLAB_SCREENSHOT=docs/screenshots/explore.png keeps a picture for the documentation."""
 import os
 import re
 import socket
@@ -30,8 +31,15 @@ adapter = ModulatedPiSSA(model, r=16, selection_score="s_only", extract=False, i
                          generator=torch.Generator().manual_seed(0))
 strange = [n for n in range(len(tok)) if not tok.decode([n]).isascii() or not tok.decode([n]).isalpha()]
 """
-SHOW = """
-e = explore(model, tok, adapter, load_pairs('test')[:4], calibrated=0.6, max_new_tokens=250, suppress_tokens=strange)
+REAL = """
+import os
+from modlab import explore, load_adapter, load_model, load_pairs
+model, tok = load_model()
+adapter, strange = load_adapter(model, os.environ["MODLAB_ADAPTER"]), None
+"""
+SETUP, TOKENS = (REAL, 60) if "MODLAB_ADAPTER" in os.environ else (TINY, 250)
+SHOW = f"""
+e = explore(model, tok, adapter, load_pairs('test')[:4], calibrated=0.6, max_new_tokens={TOKENS}, suppress_tokens=strange)
 e
 """
 HOOKS = "print('hooks', sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()), adapter.attached)"
@@ -124,7 +132,7 @@ def until(true, what: str, seconds: float = 180) -> None:
 
 
 def test_explorer(lab, page, tmp_path):
-    run_all(page, lab, tmp_path, TINY, SHOW, HOOKS)
+    run_all(page, lab, tmp_path, SETUP, SHOW, HOOKS)
     seen = Seen(page)
     expect(seen.text).to_contain_text("steered, c = +0.60")
     expect(seen.reading).to_contain_text("measured")
