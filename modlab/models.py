@@ -69,13 +69,16 @@ def default_model_folder() -> Path: # a folder that `from_pretrained` reads
             finally: shutil.rmtree(half, ignore_errors=True)
     return folder
 
-# %% ../nbs/04_models.ipynb #48214557
+# %% ../nbs/04_models.ipynb #fd860fcd
 def load_model(name:str|Path|None=None, # a folder or Hugging Face id; none for the default model
                dtype:torch.dtype|None=None, # none keeps the dtype of the checkpoint
               ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # (model in eval mode, tokenizer)
     "A causal language model and its tokenizer; SmolLM2-135M-Instruct in float32 unless named otherwise."
     source = default_model_folder() if name is None else name
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else dtype)
+    try: model = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else dtype)
+    except OSError as e:
+        if Path(source).is_dir(): raise
+        raise OSError(f"{source}: there is no such folder, and as the name of a model on the Hub it gives: {e}") from e
     return model.eval(), AutoTokenizer.from_pretrained(source)
 
 # %% ../nbs/04_models.ipynb #719ecec9
@@ -121,7 +124,7 @@ def record_of(line:str, n:int, path:str|Path|None) -> dict:
     if not isinstance(record, dict): raise ValueError(f"{path}, line {n}: expected {{prompt, …}}, got {record!r}")
     return record
 
-# %% ../nbs/04_models.ipynb #36f3dc2c
+# %% ../nbs/04_models.ipynb #457c9f21
 def load_pairs(split:str|None=None, # "train", "test" (held out), or none for both
                path:str|Path|None=None, # a JSON-lines file of your own
               ) -> list[dict]: # records {prompt, cho, rej, split}
@@ -131,5 +134,6 @@ def load_pairs(split:str|None=None, # "train", "test" (held out), or none for bo
     records = [record_of(line, n, path) for n, line in enumerate(lines, 1) if line.strip()]
     splits = sorted({r["split"] for r in records if "split" in r})
     if split is not None and split not in splits:
-        raise ValueError(f"no split {split!r} in {path or 'the shipped pairs'}, which have {splits}; give one of them, or None")
+        raise ValueError(f"no record of {path or 'the shipped pairs'} has the split {split!r}; there are {splits or 'none'}, and "
+                         "None takes all records; a file of your own goes in path=")
     return [r for r in records if split is None or r.get("split") == split]

@@ -220,9 +220,10 @@ class Loading:
                                "restore_base_W() first")
         super().load(path, strict)
 
-# %% ../nbs/11_pissa.ipynb #1ad559a6
+# %% ../nbs/11_pissa.ipynb #f8fc1a4f
 def where(adapter:"ModulatedPiSSA", names:Sequence[str]|None=None) -> dict[str, dict]: # name -> its first columns in a table
     "Name, block and role of each layer. `RuntimeError` where an old file did not say what was chosen."
+    if not hasattr(adapter, "chosen_idx"): raise ValueError(f"no singular directions were chosen for a {type(adapter).__name__}")
     if not adapter.chosen_idx: raise RuntimeError("this adapter comes from an old file, which does not say what was chosen")
     stacks = block_stacks(adapter.model)
     blocks = {name: block_of(name, stacks) for name in (adapter.layers if names is None else names)}
@@ -238,14 +239,15 @@ def selection_table(adapter:"ModulatedPiSSA") -> pd.DataFrame:
                                    tail_depth=tail_depth(idx, len(energy)), energy=(energy[idx].sum() / energy.sum()).item()))
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
-# %% ../nbs/11_pissa.ipynb #fe38b30d
+# %% ../nbs/11_pissa.ipynb #46ca2530
 def spectrum_table(adapter:"ModulatedPiSSA", names:Sequence[str]|None=None) -> pd.DataFrame:
-    "One row per singular direction of each layer (all, or `names`): name, layer, role, index, S, chosen."
-    parts = []
-    for name, columns in where(adapter, names).items():
+    "One row per singular direction of each layer (all, or `names`): name, layer, role, index, S, chosen, mode (the score)."
+    at, score, parts = where(adapter, names), adapter.cfg.selection_score, []
+    score = getattr(score, "__name__", score)
+    for name, columns in at.items():
         S = adapter.spectrum[name].float().cpu()
         chosen = torch.zeros(len(S), dtype=torch.bool).index_fill(0, adapter.chosen_idx[name], True)
-        parts.append(pd.DataFrame(columns | dict(index=range(len(S)), S=S, chosen=chosen)))
+        parts.append(pd.DataFrame(columns | dict(index=range(len(S)), S=S, chosen=chosen, mode=score)))
     return pd.concat(parts, ignore_index=True).astype({"layer": "Int64"})
 
 # %% ../nbs/11_pissa.ipynb #3808d992
@@ -254,7 +256,7 @@ def selection_line(adapter:"ModulatedPiSSA") -> str:
     return (f"selection {adapter.cfg.selection_score!r}: tail depth {table.tail_depth.mean():.3f} (0 top, 0.5 chance, 1 tail; "
             f"mean over {table.tail_depth.count()} layers), spectral energy kept {table.energy.mean():.1%}")
 
-# %% ../nbs/11_pissa.ipynb #26e996d3
+# %% ../nbs/11_pissa.ipynb #783cbbe7
 class ModulatedPiSSA(Extracting, Loading, Adapter):
     "Chosen singular directions dosed by `c`: `y = W x + U · c·delta_s · Vh x` (after Meng et al. 2024); only `delta_s` trains."
     kind, config, trains, down, up = "pissa", PiSSAConfig, ("delta_s",), "Vh", "U"
@@ -267,7 +269,7 @@ class ModulatedPiSSA(Extracting, Loading, Adapter):
                  layer_range:tuple[float, float]=(0.0, 1.0), # part of the block stack, as fractions
                  dtype:torch.dtype|None=None, # of the factors; None is float32
                  calibration_activations:Mapping|None=None, # from capture_activations or capture_statistics; "s_only" needs none
-                 selection_score:Score="cho_rej_min_std", # a mode of selection_scores, or a function (S, stats) -> scores
+                 selection_score:Score="cho_rej_min_std", # a mode, or (S, stats) -> scores (k,), see ProjectionStats
                  extract:bool=True, # take the directions out of the weight
                  init:tuple[float, float]=(4e-2, 4e-2), # mean and standard deviation of delta_s
                  generator:torch.Generator|None=None, # a CPU generator for delta_s; None uses the global one

@@ -151,7 +151,17 @@ def check_scores(scores: Any, k: int, name: str|None=None) -> None:
         f"shape {tuple(scores.shape)}" if scores.shape != (k,) else "NaN" if scores.isnan().any() else None
     if came: raise ValueError(f"{called(name)}a selection score must return a tensor of shape ({k},) without NaN; got {came}")
 
-# %% ../nbs/09_selection.ipynb #b48e6f89
+# %% ../nbs/09_selection.ipynb #c9af11ec
+def own_scores(score:Callable, S:Float64[Tensor, "k"], stats:Any, name:str|None) -> Any:
+    "What a function of the user's makes of a layer; `ValueError` saying what it was given if it raises anything."
+    try: return score(S, stats)
+    except Exception as e:
+        given = "None, for want of calibration data" if stats is None else \
+            f"a dict with {list(stats)}" if isinstance(stats, Mapping) else f"a {type(stats).__name__}"
+        raise ValueError(f"{called(name)}the score {getattr(score, '__name__', score)} raised {type(e).__name__}: {e}; its stats "
+                         f"were {given}") from e
+
+# %% ../nbs/09_selection.ipynb #b69e9301
 def selection_scores(S: Float[Tensor, "k"], # singular values, descending
                      mode: Any="cho_rej_min_std", # one of `SCORES`, or f(S, stats) -> (k,)
                      stats: Any=None, # `ProjectionStats`, or {"cho": …, "rej": …} of them
@@ -160,7 +170,7 @@ def selection_scores(S: Float[Tensor, "k"], # singular values, descending
     "Score every singular direction of a layer; `ValueError`, with its name, for data that cannot serve."
     check_mode(mode, name)
     S = float64(S).cpu()
-    if callable(mode): scores = mode(S, stats)
+    if callable(mode): scores = own_scores(mode, S, stats, name)
     else:
         if mode != "s_only": check_stats(stats, mode, S, name)
         scores = SCORES[mode](S, stats)

@@ -127,7 +127,7 @@ def breaking_off(model:nn.Module, stale:Callable[[], bool]) -> Iterator[None]:
     try: yield
     finally: hook.remove()
 
-# %% ../nbs/21_study.ipynb #e1710c12
+# %% ../nbs/21_study.ipynb #2cb09c2b
 class Study:
     "An adapter under study: `curve` (the doses measured so far), `c`, `calibrated`."
     figure:Figure|None = None # of `static`
@@ -145,7 +145,7 @@ class Study:
         self.curve, self.inputs, self.lock = pd.DataFrame({"c": []}), {}, threading.Lock() # one at a time in the model
 
     def __repr__(self) -> str:
-        shown = "; a figure only: widgets need JupyterLab with ipywidgets (or widgets=True)" if self.figure else ""
+        shown = "; drawn in .figure, since there is no page for widgets here (JupyterLab with ipywidgets)" if self.figure else ""
         return f"{type(self).__name__}: c = {self.c:.2f}, {len(self.curve)} doses measured on {len(self.records)} records{shown}"
 
     def pending(self) -> list[float]: # the dose of now first

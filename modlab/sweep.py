@@ -207,7 +207,7 @@ def out_of_reach(target_kl:float, stat:str, bracket:Sequence, nearest:float, for
                    stat, target_kl, found, nearest)
     return Calibration(math.nan, False, math.nan, math.nan, forwards, (math.nan, math.nan), target_kl, stat, sizes)
 
-# %% ../nbs/16_sweep.ipynb #da35bf64
+# %% ../nbs/16_sweep.ipynb #a07ec353
 @torch.no_grad()
 def calibrate_c(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # detached
                 records:Sequence[dict], # pairs (the chosen answers count) or samples
@@ -228,7 +228,8 @@ def calibrate_c(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, #
         readout = Readout(model, text[0][0], [adapter])
         fit, check = (Measured(adapter, readout, t, bars(progress)) for t in text)
         sizes = len(fit.record), len(check.record)
-        if min(sizes) < ENOUGH: logger.warning("calibrate_c: %d and %d answer tokens; %d a side steady a p95", *sizes, ENOUGH)
+        if min(sizes) < ENOUGH:
+            logger.warning("calibrate_c: few answer tokens: %d to fit, %d to check; %d each steady a p95", *sizes, ENOUGH)
         size, kl = crossing(lambda c: fit.value(sign * c, stat), target_kl, *map(float, bracket), tol)
         if math.isnan(size): return out_of_reach(target_kl, stat, bracket, kl, fit.forwards + check.forwards, sizes)
         seen = check.tokens(sign * size).double()

@@ -18,7 +18,7 @@ import torch
 from models import adapter_of, changes, state
 from test_legacy import pissa_file
 
-from modlab import Calibration, ModulatedLoRA, ModulatedPiSSA, Study, explore, kl_curve, load_pairs, tiny_model
+from modlab import Calibration, ModulatedLoRA, ModulatedPiSSA, Study, explore, kl_curve, load_pairs, spectrum_table, tiny_model
 from modlab.explore import Latest, beside, page, reading
 from modlab.study import Stale, breaking_off, measure, nearest, spectra, static, write_beside
 
@@ -395,8 +395,10 @@ def test_scores_can_be_tried_on_rounds_and_narrow_factors(rounds):
     for _ in range(rounds): a = ModulatedPiSSA(model, r=8, selection_score="s_only", dtype=torch.bfloat16)
     name = next(iter(a.layers))
     table = spectra(Study(model, tok, a, PAIRS, [1]), name, ["s_only", "wanda"], never).set_index("index")
+    assert set(spectrum_table(a)["mode"]) == {"s_only"}
     held, same = (table[table["mode"] == mode].chosen for mode in ("held", "s_only"))
     assert held.sum() == 8 and held.equals(same)
+    with pytest.raises(ValueError, match="chosen for a ModulatedLoRA"): spectrum_table(adapter_of("lora", model))
 
 
 def test_a_file_that_names_no_directions_still_has_a_figure(tmp_path):

@@ -147,7 +147,7 @@ def test_layers_that_the_model_lacks_are_counted(tmp_path):
     lora_file(tmp_path / "a", build())
     other = build("opt")
     before = state(other)
-    with pytest.raises(ValueError, match="8 would be dropped"): load_adapter(other, tmp_path / "a")
+    with pytest.raises(ValueError, match="8 would be dropped.*another kind of model"): load_adapter(other, tmp_path / "a")
     assert not changes(before, other)
     a = adapter_of("lora", build(), targets=("q_proj",), r=4)
     with pytest.raises(ValueError, match="4 would be dropped.*down_proj"): a.load(tmp_path / "a")

@@ -58,6 +58,10 @@ def test_a_model_of_ones_own_is_loaded_from_its_folder(tiny, tmp_path):
     assert again_tok("abc").input_ids == tok("abc").input_ids and again_tok.chat_template == tok.chat_template
 
 
+def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path):
+    with pytest.raises(OSError, match="nowhere: there is no such folder"): load_model(tmp_path / "nowhere")
+
+
 def test_the_pairs_keep_their_promises():
     train, test = load_pairs("train"), load_pairs("test")
     prompts = [{json.dumps(r["prompt"]) for r in records} for records in (train, test)]

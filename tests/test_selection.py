@@ -99,6 +99,8 @@ def test_emptied_directions_rank_last_in_every_mode():
     ("wanda", ProjectionStats.of(torch.ones(4, 2)), "of 2 directions, the layer has 3"),
     ("act_only", ProjectionStats.of(torch.full((4, 3), math.nan)), "NaN or infinite"),
     (lambda S, stats: S[1:], None, r"shape \(3,\) .* got shape \(2,\)"), (lambda S, stats: S * math.nan, None, "got NaN"),
+    (lambda S, stats: stats["cho"].mean, None, "the score <lambda> raised TypeError: .*; its stats were None"),
+    (lambda S, stats: stats.std, {"cho": 1, "rej": 2}, r"raised AttributeError: .* a dict with \['cho', 'rej'\]"),
 ])
 def test_refusals_name_the_layer_and_what_to_pass(mode, stats, says):
     with pytest.raises(ValueError, match=rf"blocks\.0\.up: .*{says}"):

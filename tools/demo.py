@@ -82,6 +82,7 @@ def main(names: list[str], root: Path = ROOT) -> int:
     paths = [p for p in sorted((root / "nbs" / "analysis").glob("*.ipynb")) if p.stem not in NOT_COMPANIONS]
     wanted = lambda name: name in names or "all" in names or not (names or name in LONG)
     paths, entries = [p for p in paths if wanted(p.stem)], []
+    print(f"{len(paths)} notebooks, a minute or a few each on a quiet machine; NOTEBOOKS=name runs one", flush=True)
     for path in paths:
         print(f"{path.stem} …", end=" ", flush=True)
         entries.append(entry := run(path, report))

@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 from lint_notebooks import ROOT, notebooks
 from nbclient import NotebookClient
+from tqdm import tqdm
 
 # Progress bars and downloads have no place among the outputs of a notebook.
 ENV = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -16,11 +17,13 @@ TIMEOUT = int(os.environ.get("NOTEBOOK_TIMEOUT", "1800"))  # seconds a cell may 
 
 
 def execute(nb, folder: Path) -> None:
-    "Run every cell in the folder where the notebook lives; raises at the first cell that does."
+    "Run every cell in the folder where the notebook lives, with a bar on a terminal; raises at the first cell that does."
+    bar = tqdm(total=sum(c.cell_type == "code" for c in nb.cells), unit="cell", leave=False, disable=None)
     os.environ.update(ENV)
-    NotebookClient(nb, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
+    with bar: NotebookClient(nb, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
                    record_timing=False, store_widget_state=False, coalesce_streams=True,
-                   extra_arguments=["--log-level=40"]).execute()  # errors only
+                   extra_arguments=["--log-level=40"],  # errors only
+                   on_cell_executed=lambda **_: bar.update()).execute()
 
 
 def quiet(nb) -> None:

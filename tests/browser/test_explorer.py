@@ -1,7 +1,7 @@
 """The explorer as a user sees it: JupyterLab on the loopback, a real browser, a notebook run from its menu.
 
-Started by `make browser-test`. MODLAB_ADAPTER=file goes through it with that adapter on the default model instead of the tiny one, and
-MODLAB_SCREENSHOT=docs/screenshots/explore.png keeps a picture for the documentation."""
+Started by `make browser-test`. MODLAB_ADAPTER=file goes through it with that adapter on the default model instead of the tiny
+one, and MODLAB_SCREENSHOT=docs/screenshots/explore.png keeps a picture for the documentation."""
 import os
 import re
 import socket
