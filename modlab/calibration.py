@@ -58,7 +58,7 @@ def body(model:nn.Module, layers:Mapping[str, nn.Module]) -> nn.Module:
     inner = getattr(model, "base_model", model)
     return inner if set(layers.values()) <= set(inner.modules()) else model
 
-# %% ../nbs/10_calibration.ipynb #6323f43e
+# %% ../nbs/10_calibration.ipynb #40b258fc
 def first_targets(batch:Batch, n:float) -> Batch:
     "The batch with no more than its first `n` completion tokens marked."
     count = batch.is_target.flatten().cumsum(0).view_as(batch.is_target)
@@ -70,12 +70,13 @@ def read_side(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Bat
     "Run batches until `limit` rows of each layer went to `take`. `ValueError` for a layer that the model does not call."
     guard_4bit(model)  # a forward without gradients is what repacks
     inner, start, count = body(model, layers), device_of(model.get_input_embeddings()), 0
-    for batch in runs:
-        batch = first_targets(batch, limit - count)
-        with evaluating(model), reading(layers, batch, take, device) as read: inner(**batch.inputs(start))
-        if silent := sorted(set(layers) - read): raise ValueError(f"{silent[0]} was not called by the model; exclude it")
-        count += int(batch.is_target.sum())
-        if count >= limit: break
+    with evaluating(model):
+        for batch in runs:
+            batch = first_targets(batch, limit - count)
+            with reading(layers, batch, take, device) as read: inner(**batch.inputs(start))
+            if silent := sorted(set(layers) - read): raise ValueError(f"{silent[0]} was not called by the model; exclude it")
+            count += int(batch.is_target.sum())
+            if count >= limit: break
 
 # %% ../nbs/10_calibration.ipynb #3d46c822
 def stored(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Batch], limit:float) -> dict[str, Tensor]:

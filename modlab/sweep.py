@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['kl_curve', 'Calibration', 'calibrate_c']
 
-# %% ../nbs/16_sweep.ipynb #780f3d89
+# %% ../nbs/16_sweep.ipynb #4838026b
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ from .adapter import Adapter
 from .divergence import AGGREGATES, aggregate, kl_fwd, kl_rev, token_nll
 from .models import evaluating
 from .readout import Readout, answer_ids, answer_rows
-from .text import Batch, Encoded, check_count, collate, encode_records, sides_of
+from .text import Batch, encode_records, encode_sides, in_batches, sides_of
 
 # %% ../nbs/16_sweep.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
 
-# %% ../nbs/16_sweep.ipynb #8f605f4b
+# %% ../nbs/16_sweep.ipynb #df6b45c6
 @dataclass(frozen=True)
 class Reading:
     "A batch, its answer tokens, and the reference states that predicted them."
@@ -36,11 +36,6 @@ class Reading:
     ids: Int[Tensor, "n"]
     record: Int[Tensor, "n"] # which record each token belongs to
     reference: Float[Tensor, "n d"]
-
-def text_batches(tok:PreTrainedTokenizerBase, encoded:Sequence[Encoded], batch_size:int) -> list[Batch]:
-    "Encoded records in batches, in order."
-    check_count("batch_size", batch_size)
-    return [collate(encoded[n:n + batch_size], tok.pad_token_id or 0) for n in range(0, len(encoded), batch_size)]
 
 def readings(readout:Readout, text:Sequence[Batch], shown:Mapping) -> list[Reading]: # shown: what tqdm is told
     "Read every batch at the dose of now, which should be 0."
@@ -91,7 +86,7 @@ def rejected_nll(adapter:Adapter, readout:Readout, text:Sequence[Batch], cs:Sequ
         total += torch.stack(nll).cpu()
     return (total / count).tolist()
 
-# %% ../nbs/16_sweep.ipynb #2610caa5
+# %% ../nbs/16_sweep.ipynb #10703a47
 @torch.no_grad()
 def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # detached
              records:Sequence[dict], # pairs {prompt, cho, rej} or samples {prompt, completion}
@@ -103,7 +98,8 @@ def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # de
     """One row per dose: c; mean, rmse, p95, max over tokens of KL(c‖0) (`kl_rev_…`) and KL(0‖c) (`kl_fwd_…`), in nats, on the
     chosen answers or completions; their nll; for pairs also nll_rej and margin = nll_rej − nll; n_tokens."""
     cs, sides = check_doses(cs), sides_of(records)
-    text, other = (text_batches(tok, encode_records(tok, records, s, max_len), batch_size) for s in (sides[0], sides[-1]))
+    encoded = encode_sides(tok, records, max_len, sides)
+    text, other = (list(in_batches(tok, [of[s] for of in encoded], batch_size)) for s in (sides[0], sides[-1]))
     shown = bars(progress)
     with evaluating(model), adapter(model, 0.0):
         readout = Readout(model, text[0], [adapter])
@@ -207,7 +203,7 @@ def out_of_reach(target_kl:float, stat:str, bracket:Sequence, nearest:float, for
                    stat, target_kl, found, nearest)
     return Calibration(math.nan, False, math.nan, math.nan, forwards, (math.nan, math.nan), target_kl, stat, sizes)
 
-# %% ../nbs/16_sweep.ipynb #a07ec353
+# %% ../nbs/16_sweep.ipynb #0839eebc
 @torch.no_grad()
 def calibrate_c(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # detached
                 records:Sequence[dict], # pairs (the chosen answers count) or samples
@@ -223,7 +219,7 @@ def calibrate_c(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, #
     "The dose whose KL(c‖0) meets a budget. Out of reach in the bracket: `reached` False, `c` NaN. `ValueError`: bad arguments."
     check_budget(target_kl, stat, sign, bracket, tol)
     encoded = lambda of: None if of is None else encode_records(tok, of, sides_of(of)[0], max_len)
-    text = [text_batches(tok, part, batch_size) for part in split_records(encoded(records), encoded(held_out))]
+    text = [list(in_batches(tok, part, batch_size)) for part in split_records(encoded(records), encoded(held_out))]
     with evaluating(model), adapter(model, 0.0):
         readout = Readout(model, text[0][0], [adapter])
         fit, check = (Measured(adapter, readout, t, bars(progress)) for t in text)

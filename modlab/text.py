@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['encode', 'sides_of', 'encode_records', 'Batch', 'collate', 'batches']
 
-# %% ../nbs/03_text.ipynb #d22fc2b7
+# %% ../nbs/03_text.ipynb #a70c0422
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-# %% ../nbs/03_text.ipynb #8882226a
+# %% ../nbs/03_text.ipynb #a4e954d5
 def check_count(field:str, value:object, least:int=1) -> None:
     "`ValueError` unless it is a whole number, and not too small."
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -26,6 +26,7 @@ Prompt = str | list[dict[str, str]] # text, or chat messages {role, content}
 Encoded = tuple[list[int], int] # (ids, n_prompt): answer tokens are ids[n_prompt:], possibly none
 
 def check_messages(tok:PreTrainedTokenizerBase, messages:Sequence) -> None:
+    "`ValueError` unless these are chat messages, and the tokenizer has a template for them."
     if not tok.chat_template:
         raise ValueError(f"the prompt is a list of chat messages, but {type(tok).__name__} has no chat template; "
                          "give the prompt as text, or set tok.chat_template")
@@ -80,24 +81,30 @@ def has_answer(encoded:Encoded) -> bool:
     ids, n_prompt = encoded
     return len(ids) > max(n_prompt, 1)
 
-# %% ../nbs/03_text.ipynb #4234c5f0
+# %% ../nbs/03_text.ipynb #8d4d6b4e
+def encode_sides(tok:PreTrainedTokenizerBase, records:Sequence[dict], max_len:int, answers:Iterable[str]
+                ) -> list[dict[str, Encoded]]: # answer -> (ids, n_prompt), one dict a record that is kept
+    "All answers of the records, once. Errors and what is left out as for `encode_records`."
+    check_count("max_len", max_len)
+    kept, empty = [], []
+    for n, record in enumerate(records):
+        try: sides = {answer: encode_side(tok, record, answer, max_len) for answer in answers}
+        except ValueError as e: raise ValueError(f"record {n}: {e}") from e
+        if all(map(has_answer, sides.values())): kept.append(sides)
+        else: empty.append(n)
+    said = f"no token of an answer is left within max_len={max_len} in records {empty}"
+    if not kept: raise ValueError(f"{said}: nothing remains; raise max_len or shorten the prompts")
+    if empty: warnings.warn(f"{said}; they are left out", stacklevel=3)
+    return kept
+
+# %% ../nbs/03_text.ipynb #ad8c84e6
 def encode_records(tok:PreTrainedTokenizerBase, records:Sequence[dict],
                    side:str, # "cho", "rej" or "completion"
                    max_len:int=512, # tokens
                   ) -> list[Encoded]: # (ids, n_prompt), each with an answer token at least
     """One side of every record. A record is left out, with a warning, if an answer of it has no token within `max_len`.
     `ValueError`, with the index, for what is no text, or if no record remains."""
-    check_count("max_len", max_len)
-    kept, empty, answers = [], [], {*sides_of(records), side}
-    for n, record in enumerate(records):
-        try: sides = {answer: encode_side(tok, record, answer, max_len) for answer in answers}
-        except ValueError as e: raise ValueError(f"record {n}: {e}") from e
-        if all(map(has_answer, sides.values())): kept.append(sides[side])
-        else: empty.append(n)
-    said = f"no token of an answer is left within max_len={max_len} in records {empty}"
-    if not kept: raise ValueError(f"{said}: nothing remains; raise max_len or shorten the prompts")
-    if empty: warnings.warn(f"{said}; they are left out", stacklevel=2)
-    return kept
+    return [sides[side] for sides in encode_sides(tok, records, max_len, {*sides_of(records), side})]
 
 # %% ../nbs/03_text.ipynb #6ab93d54
 @dataclass(frozen=True)
@@ -122,13 +129,17 @@ def collate(encoded:Sequence[Encoded], # (ids, n_prompt) as `encode` gives them
     padded = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids, _ in encoded])
     return Batch(padded, (position < length).long(), (position >= border) & (position < length))
 
-# %% ../nbs/03_text.ipynb #25cf5410
+# %% ../nbs/03_text.ipynb #e1db9dbc
+def in_batches(tok:PreTrainedTokenizerBase, encoded:Sequence[Encoded], batch_size:int) -> Iterator[Batch]:
+    "Encoded records as batches, in order."
+    check_count("batch_size", batch_size)
+    pad_id = 0 if tok.pad_token_id is None else tok.pad_token_id
+    for n in range(0, len(encoded), batch_size): yield collate(encoded[n:n + batch_size], pad_id)
+
+# %% ../nbs/03_text.ipynb #66c9d275
 def batches(tok:PreTrainedTokenizerBase, records:Sequence[dict], side:str,
             batch_size:int=8, # sequences
             max_len:int=512, # tokens
            ) -> Iterator[Batch]:
     "One side of the records as batches, in order."
-    check_count("batch_size", batch_size)
-    encoded = encode_records(tok, records, side, max_len)
-    pad_id = 0 if tok.pad_token_id is None else tok.pad_token_id
-    for n in range(0, len(encoded), batch_size): yield collate(encoded[n:n + batch_size], pad_id)
+    yield from in_batches(tok, encode_records(tok, records, side, max_len), batch_size)

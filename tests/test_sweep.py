@@ -4,7 +4,6 @@ import math
 import pandas as pd
 import pytest
 import torch
-from jaxtyping import TypeCheckError
 from models import adapter_of, build, changes, state
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
@@ -118,13 +117,21 @@ def test_what_is_no_text_is_named_by_its_record(f, bad, mend, match):
     assert not changes(before, model) and not a.attached
 
 
-@pytest.mark.parametrize("f", [kl_curve, calibrate_c, capture_activations, gradient_cosine])
-@pytest.mark.parametrize("size", [0, -1, 1.5])
-def test_a_batch_has_at_least_one_row(f, size):
+@pytest.mark.parametrize("call", [lambda model, tok, a, n: kl_curve(model, tok, a, PAIRS, [1], batch_size=n),
+                                  lambda model, tok, a, n: calibrate_c(model, tok, a, PAIRS, 1, batch_size=n),
+                                  lambda model, tok, a, n: gradient_cosine(model, tok, a, PAIRS, batch_size=n),
+                                  lambda model, tok, a, n: capture_activations(model, tok, PAIRS, batch_size=n)])
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_has_at_least_one_row(call, size):
     model, tok = tiny_model()
-    args = dict(capture_activations=[PAIRS]).get(f.__name__, [adapter_of("lora", model), PAIRS, 1])
-    args = {"kl_curve": args[:2] + [[1]], "gradient_cosine": args[:2]}.get(f.__name__, args)
-    with pytest.raises((ValueError, TypeCheckError), match="batch_size"): f(model, tok, *args, batch_size=size)
+    with pytest.raises(ValueError, match="batch_size must be"): call(model, tok, adapter_of("lora", model), size)
+
+
+def test_a_record_that_is_left_out_is_warned_of_once():
+    model, tok = tiny_model()
+    a, records = adapter_of("lora", model), [*PAIRS, PAIRS[0] | dict(rej="")]
+    with pytest.warns(UserWarning) as said: kl_curve(model, tok, a, records, [1])
+    assert [str(w.message) for w in said if "left out" in str(w.message)] == [str(said[0].message)]
 
 
 def test_dropout_is_no_divergence():
