@@ -19,7 +19,7 @@ install_import_hook("modlab", "checked.beartype")
 @pytest.fixture
 def tiny():
     "(model, tokenizer): the tiny Llama, a fresh one for every test, since adapters write into models."
-    from modlab.models import tiny_model
+    from modlab.model.loading import tiny_model
     return tiny_model()
 
 

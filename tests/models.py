@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from modlab import ModulatedLoRA, ModulatedPiSSA
-from modlab.models import tiny_model
+from modlab.model.loading import tiny_model
 
 IDS = dict(vocab_size=96, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 # Wide initialisers: with the usual 0.02 a width of 32 gives logits so small that nothing could be told apart.

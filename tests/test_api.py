@@ -90,5 +90,5 @@ def test_everything_public_has_its_place_in_the_reference():
 
 
 def test_a_real_note_and_a_real_default_are_in_the_page():
-    page = api.pages()["api/lora.md"]
+    page = api.pages()["api/adapters.lora.md"]
     assert "| `alpha` | `float` | `32.0` | the update is scaled by alpha / r |" in page and "alpha: float = 32.0" in page

@@ -6,7 +6,7 @@ from models import ARCHS, CONFIGS, GROUPED, IDS, KINDS, MORE, adapter_of, build,
 from torch.nn.functional import linear
 
 from modlab import ModulatedLoRA, ModulatedPiSSA, load_adapter
-from modlab.targets import LoRAConfig, block_stacks, find_targets, target_table
+from modlab.model.targets import LoRAConfig, block_stacks, find_targets, target_table
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*fused expert")]
 EVERY = (*ARCHS, *MORE, "shared_moe")

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from modlab import ModulatedLoRA, ModulatedPiSSA, load_adapter, read_metadata
-from modlab.adapter import Adapter
+from modlab.adapters.adapter import Adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ import torch
 from models import KINDS, adapter_of, build, changes, logits, state, tokens
 
 from modlab import ModulatedLoRA, ModulatedPiSSA
-from modlab.targets import LoRAConfig, check_range, find_targets, target_table
+from modlab.model.targets import LoRAConfig, check_range, find_targets, target_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,7 @@ from models import ARCHS, DTYPES, adapter_of, build, changes, gap, half, logits,
 from transformers import AutoModelForCausalLM
 
 from modlab import HistoryBake, ModulatedLoRA, PiSSAHistoryBake, bake_, bake_report, baked
-from modlab.weights import dense_weight
+from modlab.model.layers import dense_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Rounding relative to the largest logit: about 2^-23, 2^-10 and 2^-8 for each of at most 28 layers.

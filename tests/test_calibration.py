@@ -15,13 +15,13 @@ from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
 from modlab import calibration
-from modlab.calibration import capture_activations, capture_statistics, first_targets
-from modlab.pissa import ModulatedPiSSA
-from modlab.selection import ProjectionStats, flaw, project
-from modlab.svd import thin_svd
-from modlab.targets import LoRAConfig, find_targets
-from modlab.text import batches
-from modlab.weights import dense_weight
+from modlab.learn.activations import capture_activations, capture_statistics, first_targets
+from modlab.adapters.pissa import ModulatedPiSSA
+from modlab.maths.scores import ProjectionStats, flaw, project
+from modlab.maths.svd import thin_svd
+from modlab.model.targets import LoRAConfig, find_targets
+from modlab.model.text import batches
+from modlab.model.layers import dense_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = ("wanda", "act_only", "cho_rej_min_std")

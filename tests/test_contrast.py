@@ -8,9 +8,9 @@ import torch
 from models import adapter_of, build, changes, seeded, state
 
 from modlab import ContrastConfig, ModulatedLoRA, ModulatedPiSSA, collate, contrast, gradient_cosine, kl_curve, tiny_model
-from modlab.contrast import COLUMNS, encode_pairs, pair_losses, pcgrad, push, reader, without_conflict
-from modlab.divergence import kl_rev, token_nll
-from modlab.training import NonFiniteLoss
+from modlab.learn.contrast import COLUMNS, encode_pairs, pair_losses, pcgrad, push, reader, without_conflict
+from modlab.maths.divergence import kl_rev, token_nll
+from modlab.learn.loop import NonFiniteLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("lora", "pissa-unextracted", "pissa-extracted")

@@ -19,8 +19,8 @@ from models import adapter_of, changes, state
 from test_legacy import pissa_file
 
 from modlab import Calibration, ModulatedLoRA, ModulatedPiSSA, Study, explore, kl_curve, load_pairs, spectrum_table, tiny_model
-from modlab.explore import Latest, beside, page, reading
-from modlab.study import Stale, breaking_off, measure, nearest, spectra, static, write_beside
+from modlab.show.explore import Latest, beside, page, reading
+from modlab.show.study import Stale, breaking_off, measure, nearest, spectra, static, write_beside
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [dict(prompt=f"question {n}", cho="abcdefgh"[: 2 + n % 5] * 3, rej="xyz" * (1 + n % 3)) for n in range(4)]
@@ -242,7 +242,7 @@ def test_an_error_is_said_and_the_next_request_works(opened):
 def test_errors_are_escaped_and_those_of_the_spectrum_stand_beside_it(opened, monkeypatch):
     e = opened()
     def broken(*args): raise RuntimeError("<b>no</b>")
-    monkeypatch.setattr(sys.modules["modlab.explore"], "spectra", broken)  # modlab.explore is the function
+    monkeypatch.setattr(sys.modules["modlab.show.explore"], "spectra", broken)  # modlab.show.explore is the function
     e.look().result(60)
     assert "&lt;b&gt;no" in e.ui.note.value and "RuntimeError" in e.ui.note.value
     e.write().result(60)
@@ -363,7 +363,7 @@ def test_a_prompt_that_cannot_be_written_does_not_stop_the_curve(opened):
 
 def test_turns_before_the_last_are_kept(opened, monkeypatch):
     chat, seen = [dict(role="system", content="Be brief."), dict(role="user", content="Tea?")], []
-    monkeypatch.setattr(sys.modules["modlab.explore"], "write_beside", lambda *args, **_: seen.append(args[3]))
+    monkeypatch.setattr(sys.modules["modlab.show.explore"], "write_beside", lambda *args, **_: seen.append(args[3]))
     e = opened(records=[dict(prompt=chat, cho="Yea.", rej="no")])
     settled(e)
     e.ui.prompt.value = "Coffee?"

@@ -16,7 +16,7 @@ import torch
 from models import adapter_of, build, changes, logits, seeded, state
 from torch.nn.functional import cross_entropy
 
-import modlab.training as training
+import modlab.learn.loop as training
 from modlab import (
     HealConfig,
     HistoryBake,
@@ -31,8 +31,8 @@ from modlab import (
     kl_rev,
     tiny_model,
 )
-from modlab.heal import Losses, encode_samples, postfix, reference_states
-from modlab.readout import Readout
+from modlab.learn.heal import Losses, encode_samples, postfix, reference_states
+from modlab.model.readout import Readout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLES = [dict(prompt=f"Q{n}?", completion="yes and no "[: 3 + n % 8] * (1 + n % 3)) for n in range(12)]
@@ -184,14 +184,14 @@ SCRIPT = """
 import pathlib, sys, torch
 torch.set_num_threads(1)
 sys.path[:0] = {paths!r}
-import modlab.training
-modlab.training.SAVE_EVERY = 0.0
+import modlab.learn.loop
+modlab.learn.loop.SAVE_EVERY = 0.0
 from test_heal import CFG, SAMPLES, replace, run
 folder, cfg = pathlib.Path({folder!r}), replace(CFG, **{changes!r})
 done = run(cfg, resume=folder / "run.pt")
 """
 TWO = SCRIPT + """
-rank = modlab.training.processes(torch.device("cpu"))[0]
+rank = modlab.learn.loop.processes(torch.device("cpu"))[0]
 if rank == 0:
     done.adapter.save(folder / "a.safetensors")
     done.log.to_pickle(folder / "log")

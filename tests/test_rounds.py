@@ -5,7 +5,7 @@ from models import ARCHS, adapter_of, build, changes, gap, logits, seeded, state
 
 from modlab import ModulatedPiSSA
 from modlab import weights as weights_module
-from modlab.weights import dense_weight
+from modlab.model.layers import dense_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = ("s_only", "wanda", "act_only", "cho_rej_min_std")

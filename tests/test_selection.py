@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from modlab.selection import SCORES, ProjectionStats, chance_overlap, choose, overlap, project, selection_scores, tail_depth
-from modlab.svd import thin_svd
+from modlab.maths.scores import SCORES, ProjectionStats, chance_overlap, choose, overlap, project, selection_scores, tail_depth
+from modlab.maths.svd import thin_svd
 
 seeds = st.integers(0, 2**31)
 

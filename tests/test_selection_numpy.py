@@ -5,8 +5,8 @@ import torch
 from models import build
 
 from modlab import ModulatedPiSSA, capture_activations
-from modlab.models import byte_tokenizer
-from modlab.targets import find_targets
+from modlab.model.loading import byte_tokenizer
+from modlab.model.targets import find_targets
 
 RANK = 8
 PAIRS = [dict(prompt=f"{q}? ", cho=a, rej=b) for q, a, b in (

@@ -15,7 +15,7 @@ from modlab import (
     target_table,
     tiny_model,
 )
-from modlab.weights import dense_weight, device_of
+from modlab.model.layers import dense_weight, device_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLACES = ("all in memory", "some on disk")

@@ -16,7 +16,7 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.integrations.gemma_quant import QuantizedLinear
 
 from modlab import ModulatedLoRA, find_targets
-from modlab.weights import is_linear, is_quantised
+from modlab.model.layers import is_linear, is_quantised
 
 sys.path.append(str(Path(sys.prefix) / "quantised"))  # where `make setup` puts it, out of transformers' sight
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_

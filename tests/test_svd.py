@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from modlab.svd import thin_svd, thin_svds
+from modlab.maths.svd import thin_svd, thin_svds
 
 F64 = torch.float64
 
@@ -138,7 +138,7 @@ def test_what_is_kept_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("MODLAB_CACHE", str(tmp_path)); monkeypatch.delenv("MODLAB_SVD_CACHE", raising=False)
     W = {"a": noise(7, 9).float()}
     dict(thin_svds(W))
-    monkeypatch.setattr("modlab.svd.tall_svd", None)  # computing again would fail
+    monkeypatch.setattr("modlab.maths.svd.tall_svd", None)  # computing again would fail
     assert torch.equal(dict(thin_svds(W))["a"][1], dict(thin_svds({"b": W["a"].clone()}))["b"][1])
     with pytest.raises(TypeError): dict(thin_svds({"a": W["a"] + 1}))
     assert [f.name for f in tmp_path.iterdir()] == ["svd"]

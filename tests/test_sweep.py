@@ -22,7 +22,7 @@ from modlab import (
     tiny_model,
     token_nll,
 )
-from modlab.sweep import crossing
+from modlab.measure.dose import crossing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [dict(prompt=f"question {n}", cho="abcdefgh"[: 2 + n % 5] * 3, rej="xyz" * (1 + n % 3)) for n in range(7)]
@@ -46,7 +46,7 @@ def by_hand(model, tok, adapter, c, side="cho"):
 @pytest.mark.parametrize("kind", ["lora", "pissa-unextracted", "pissa-extracted"])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_the_curve_is_what_full_logits_give(kind, batch_size, monkeypatch):
-    monkeypatch.setattr("modlab.sweep.CHUNK", 5)  # several chunks a batch
+    monkeypatch.setattr("modlab.measure.dose.CHUNK", 5)  # several chunks a batch
     model, tok = tiny_model()
     a = adapter_of(kind, model)
     before = state(model)
@@ -158,7 +158,7 @@ def test_a_budget_below_rounding_is_no_crash():
 @pytest.mark.parametrize("quiet", [False, True])
 def test_no_bar_where_none_is_wanted(quiet, monkeypatch):
     said, (model, tok) = [], tiny_model()
-    monkeypatch.setattr("modlab.sweep.tqdm", lambda of, disable=False, **kw: said.append(disable) or of)
+    monkeypatch.setattr("modlab.measure.dose.tqdm", lambda of, disable=False, **kw: said.append(disable) or of)
     a = adapter_of("lora", model)
     kl_curve(model, tok, a, PAIRS, [1], progress=not quiet), calibrate_c(model, tok, a, PAIRS, 0.01, progress=not quiet)
     assert len(said) > 4 and set(said) == {quiet}

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from modlab import ModulatedLoRA, ModulatedPiSSA
-from modlab.targets import LoRAConfig, block_of, block_stacks, find_targets, in_range, target_table
-from modlab.weights import is_linear, layer_shape
+from modlab.model.targets import LoRAConfig, block_of, block_stacks, find_targets, in_range, target_table
+from modlab.model.layers import is_linear, layer_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lint_notebooks import ROOT
+from lint_notebooks import ROOT, library, module_of
 
 PACKAGE = ROOT / "modlab"
 MARKDOWN = re.compile(r"([\\*_<>\[\]$|{}#~])")
@@ -99,7 +99,8 @@ def attribute(p: Param) -> Entry:
 class Sources:
     "All modules of the package, parsed."
     def __init__(self, folder: Path = PACKAGE):
-        self.text = {p.stem: p.read_text(encoding="utf-8") for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")}
+        self.text = {".".join(p.relative_to(folder).with_suffix("").parts): p.read_text(encoding="utf-8")
+                     for p in sorted(folder.rglob("*.py")) if not p.stem.startswith("_")}
         self.trees = {name: ast.parse(text) for name, text in self.text.items()}
         self.notes = {name: remarks(text) for name, text in self.text.items()}
         self.home = {n.name: (m, n) for m, tree in self.trees.items() for n in tree.body if isinstance(n, ast.ClassDef)}
@@ -246,7 +247,7 @@ def index(notebooks: dict[str, str], sources: Sources) -> str:
 def pages(sources: Sources | None = None, root: Path = ROOT) -> dict[str, str]: # path below the site's source -> text
     "Every reference page, for the notebooks that export something public."
     sources = sources or Sources()
-    stems = {p.stem[3:]: p.stem for p in sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb"))}
+    stems = {module_of(p): f"{p.parent.name}/{p.stem}" for p in library(root)}
     books = {module: stem for module, stem in stems.items() if module in sources.trees and sources.public(module)}
     made = {f"api/{module}.md": page(module, stem, sources) for module, stem in books.items()}
     return {"api/index.md": index(books, sources), **made}

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import api
 import nbformat
-from lint_notebooks import DIRECTIVE, ROOT, directives, notebooks
+from lint_notebooks import DIRECTIVE, ROOT, directives, library, notebooks
 from readme import site
 
 SITE = Path("_docs")
 START = ("analysis/walkthrough", "analysis/make_pairs")
 GUIDES = ("names", "dependencies")
+CHAPTERS = dict(maths="Mathematics", model="The model", adapters="Adapters", learn="Learning", measure="Measuring", share="Sharing",
+                show="Showing")
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md") # of the top folder
 FENCE = re.compile(r"(^```.*?^```|^:::+.*?$)", re.M | re.S)
 SPAN = re.compile(r"(?<!`)(?<!\[)`[^`\n]+`(?!`)(?!\])")
@@ -57,11 +59,13 @@ def toctree(caption: str, entries: list[str]) -> str:
 
 def contents(root: Path) -> str:
     "The tables of contents, from what is there."
-    books = [p.stem for p in sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb"))]
+    chapters = {}
+    for p in library(root): chapters.setdefault(p.parent.name, []).append(f"{p.parent.name}/{p.stem}")
+    books = {f"{folder[0]}. {CHAPTERS[folder[2:]]}": pages for folder, pages in chapters.items()}
     companions = [f"analysis/{p.stem}" for p in sorted((root / "nbs" / "analysis").glob("*.ipynb"))]
     first = [p for p in START if p in companions]
     guides = [g for g in GUIDES if (root / "docs" / f"{g}.md").exists()]
-    trees = {"Begin here": first, "Questions": [p for p in companions if p not in first], "The book": books,
+    trees = {"Begin here": first, "Questions": [p for p in companions if p not in first], **books,
              "Reference": ["api/index", *guides], "Project": [p.removesuffix(".md") for p in PAGES]}
     return "\n\n".join(toctree(caption, entries) for caption, entries in trees.items() if entries)
 

@@ -1,12 +1,14 @@
-"""Execute notebooks in place, `#| slow` cells too, and leave them as nbdev_clean does: for outputs that are committed."""
+"""Execute notebooks in place and leave them as nbdev_clean does: for outputs that are committed. `--light` leaves `#| slow` cells as
+they are, outputs too; without it they run as well."""
 import os
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import nbformat
-from lint_notebooks import ROOT, notebooks
+from lint_notebooks import ROOT, directives, notebooks
 from nbclient import NotebookClient
 from tqdm import tqdm
 
@@ -26,6 +28,16 @@ def execute(nb, folder: Path) -> None:
                    on_cell_executed=lambda **_: bar.update()).execute()
 
 
+def light(nb, folder: Path) -> None:
+    "Run the cells that `nbdev_test` runs; the others keep their source and the outputs that they have."
+    skipped = [n for n, cell in enumerate(nb.cells) if {"slow", "notest", "eval: false"} & set(directives(cell.source))]
+    copy = deepcopy(nb)
+    for n in skipped: copy.cells[n] = nbformat.v4.new_markdown_cell()
+    execute(copy, folder)
+    for n, cell in enumerate(copy.cells):
+        if n not in skipped and cell.cell_type == "code": nb.cells[n].outputs = cell.outputs
+
+
 def quiet(nb) -> None:
     "Drop the lines that say nothing of the notebook."
     for cell in nb.cells:
@@ -36,12 +48,14 @@ def quiet(nb) -> None:
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" or output.text.strip()]
 
 
-def main(paths: list[Path]) -> int:
+def main(arguments: list[str]) -> int:
     "Execute each notebook, write it back only if it ran through, clean it."
+    run = light if "--light" in arguments else execute
+    paths = [Path(a).resolve() for a in arguments if a != "--light"] or notebooks()
     for path in paths:
         start, nb = time.perf_counter(), nbformat.read(path, as_version=4)
         print(f"{path.relative_to(ROOT)} …", end=" ", flush=True)
-        execute(nb, path.parent)
+        run(nb, path.parent)
         quiet(nb)
         nbformat.write(nb, path)
         subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", path], cwd=ROOT, check=True)
@@ -49,4 +63,4 @@ def main(paths: list[Path]) -> int:
     return 0
 
 
-if __name__ == "__main__": sys.exit(main([Path(a).resolve() for a in sys.argv[1:]] or notebooks()))
+if __name__ == "__main__": sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COMPANIONS = {"make_pairs", "walkthrough"}  # under nbs/analysis, but they ask no question: a recipe for data, and a tour
 MAX_EXPORT = 40  # lines of an exported cell: beyond 25 is remarked on, beyond this refused
-DIRECTIVE = re.compile(r"#\| (default_exp [a-z]\w*|export|exporti|hide|slow|notest|eval: false|fig-(alt|cap): \S.*)")
+DIRECTIVE = re.compile(r"#\| (default_exp [a-z]\w*(?:\.[a-z]\w*)?|export|exporti|hide|slow|notest|eval: false|fig-(alt|cap): \S.*)")
 WORDS = ("default_exp", "export", "exporti", "hide", "slow", "notest", "eval")
 ABSOLUTE = re.compile(r"(?<![\w:/.<~*`$)\]-])/(?:(?:home|root|tmp|Users|mnt)/\w|(?:[\w.-]+/){2,}[\w.-])|\b[A-Z]:\\\w")
 ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
@@ -46,10 +46,10 @@ def lint_source(source: str) -> list[str]:
     return problems
 
 
-def lint_library(nb, name: str) -> list[str]:
+def lint_library(nb, module: str) -> list[str]:
     "The frame of a library notebook: default_exp, title, hidden export; and the size of exported cells."
     cells = [directives(c.source) if c.cell_type == "code" else [] for c in nb.cells]
-    exps, want = [d for ds in cells for d in ds if d.startswith("default_exp")], f"default_exp {name[3:]}"
+    exps, want = [d for ds in cells for d in ds if d.startswith("default_exp")], f"default_exp {module}"
     problems = [] if exps == [want] == cells[0] else [f"the first cell, and no other, must be '#| {want}'; found {exps}"]
     if not re.match(r"# .+\n\n> .+", nb.cells[min(1, len(nb.cells) - 1)].source):
         problems.append("the second cell must be an H1, an empty line and a blockquote")
@@ -96,7 +96,7 @@ def lint_notebook(path: Path) -> list[str]:
     problems += [f"memory address in an output: {m[0]}" for t in output_text(nb) for m in [ADDRESS.search(t)] if m]
     texts = [c.source for c in nb.cells] + output_text(nb)
     problems += [f"absolute local path: {t[m.start():m.start() + 50]!r}" for t in texts for m in [ABSOLUTE.search(t)] if m]
-    if library: problems += lint_library(nb, path.stem)
+    if library: problems += lint_library(nb, module_of(path))
     if path.parent.name == "analysis" and path.stem not in NOT_COMPANIONS: problems += lint_companion(nb)
     return problems
 
@@ -104,6 +104,16 @@ def lint_notebook(path: Path) -> list[str]:
 def notebooks(root: Path = ROOT) -> list[Path]:
     "Every notebook of the project, hidden folders (checkpoints) aside."
     return sorted(p for p in (root / "nbs").rglob("*.ipynb") if not any(x.startswith(".") for x in p.relative_to(root).parts))
+
+
+def library(root: Path = ROOT) -> list[Path]:
+    "The notebooks that become modules, in the order of the book: chapter by chapter, and by number within each."
+    return sorted((root / "nbs").glob("[0-9]_*/[0-9][0-9]_*.ipynb"))
+
+
+def module_of(path: Path) -> str:
+    "The module that a library notebook becomes, below `modlab`: `maths.lowrank`."
+    return f"{path.parent.name[2:]}.{path.stem[3:]}"
 
 
 if __name__ == "__main__":

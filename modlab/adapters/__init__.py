@@ -1,0 +1,1 @@
+"What can be attached to a model and dosed by one number."

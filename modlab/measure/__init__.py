@@ -1,0 +1,1 @@
+"What a dose costs and what it buys."

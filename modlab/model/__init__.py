@@ -1,0 +1,1 @@
+"What a Hugging Face model is to modlab: its layers, their weights, its text, its logits."
