@@ -25,11 +25,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .files import (Checkpoint, Tables, adapter_file, check_file, config_from, config_meta, fingerprint, layers_for,
+from .files import (Checkpoint, Tables, adapter_file, check_file, config_from, config_meta, layers_for,
                                read_checkpoint, read_metadata, write_checkpoint)
 from ..maths.lowrank import LowRank
 from ..model.targets import LoRAConfig, role_of
 from ..model.layers import device_of, guard_4bit, layer_shape
+from ..model.ledger import fingerprint
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
