@@ -25,13 +25,14 @@ from ..adapters.adapter import Adapter
 from ..adapters.hooks import check_model, here_only
 from ..learn.activations import by_layer, stored
 from ..model.loading import evaluating
-from ..adapters.pissa import base_of, projections, spectrum_table
+from ..adapters.selection import projections, spectrum_table
 from .plots import SIGN_COLOURS, plot_kl_vs_c, plot_selection
 from ..maths.scores import SCORES, choose, same_spectrum, selection_scores
 from ..maths.svd import thin_svd
 from ..measure.dose import Calibration, check_doses, kl_curve
 from ..model.text import Prompt, batches, encode_records, prompt_ids, sides_of
-from ..model.layers import device_of, rounds, without
+from ..model.layers import device_of
+from ..model.ledger import remaining
 
 # %% ../../nbs/7_show/01_study.ipynb #da822f03
 class Rows(BaseStreamer):
@@ -90,10 +91,7 @@ def draw_doses(kl:Axes, nll:Axes, curve:pd.DataFrame, c:float, calibrated:float|
 # %% ../../nbs/7_show/01_study.ipynb #f7748ccb
 def seen_by(adapter:Adapter, layer:nn.Module) -> Float[Tensor, "o i"]:
     "The weight that the adapter's directions were taken from, less what rounds before it hold."
-    live, ids = adapter.id if adapter.extracted else None, [r.id for r in rounds(layer)]
-    W = base_of(layer, live)
-    for r in rounds(layer)[:ids.index(live) if live in ids else None]: W = without(W.double(), r.taken)
-    return W
+    return remaining(layer, owner=adapter.id if adapter.extracted else None)
 
 def would_choose(adapter:Adapter, name:str, mode:str, X:object) -> pd.DataFrame: # index, S, chosen, mode
     "The spectrum of a layer with the directions that a score picks on its inputs `X`. `ValueError` if the weight is gone."
