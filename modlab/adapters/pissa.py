@@ -8,7 +8,6 @@ __all__ = ['logger', 'ModulatedPiSSA']
 # %% ../../nbs/3_adapters/05_pissa.ipynb #be01fd8b
 import hashlib
 import logging
-import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import LowRankAdapter
 from .files import Checkpoint, refuse
 from .selection import PiSSAConfig, Score, check_calibration, decompose, selection_line
 from ..learn.activations import check_after
@@ -87,7 +86,7 @@ def _check_directions(ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool
                      "another base, or a weight that they were taken out of already", strict)
 
 # %% ../../nbs/3_adapters/05_pissa.ipynb #cda12626
-class ModulatedPiSSA(Adapter):
+class ModulatedPiSSA(LowRankAdapter):
     "Chosen singular directions dosed by `c`: `y = W x + U · c·delta_s · Vh x` (after Meng et al. 2024); only `delta_s` trains."
     kind, config, trains, down, up = "pissa", PiSSAConfig, ("delta_s",), "Vh", "U"
     tables, optional = ("U", "S", "Vh", "delta_s", "chosen_idx", "spectrum"), ("chosen_idx", "spectrum")
@@ -114,22 +113,24 @@ class ModulatedPiSSA(Adapter):
             _check_extractable(model, layers)
             _warn_if_extracted(model)
         tables = decompose(layers, cfg, calibration_activations, after)
-        self._build(model, cfg, layers, tables | {"delta_s": _draw(tables["S"], init, generator)}, {})
+        self.setup(model, cfg, layers, tables | {"delta_s": _draw(tables["S"], init, generator)})
         logger.info(selection_line(self))
 
     @property
-    def extracted(self) -> bool: return is_extracted(self.layers, self._key) # asked of the ledger: `restore(model)` is seen
+    def extracted(self) -> bool: return bool(self._key) and is_extracted(self.layers, self._key) # `restore(model)` is seen
 
     @property
     def has_offset(self) -> bool: return self.extracted
     def slope(self, name:str) -> Float[Tensor, "r"]: return self.delta_s[name]
-    def offset(self, name:str) -> Float[Tensor, "r"]|None: return self.S[name] if self.extracted else None
+    def offset(self, name:str) -> Float[Tensor, "r"]|None: return self.S[name] if self._out(name) else None
+    def _out(self, name:str) -> bool: return bool(self._key) and is_extracted({name: self.layers[name]}, self._key)
     def held(self, name:str) -> LowRank: return LowRank(self.Vh[name], self.S[name], self.U[name]) # its directions in the base
 
     def restore_base_W(self) -> None:
         "Put the base weight back and go on unextracted. `RuntimeError` if not extracted, or if a later round is still out."
         if not self.extracted: raise RuntimeError("nothing to restore: this adapter is not extracted")
         put_back(self.layers, self.id)
+        self.hooks.refresh()
 
     def load(self, path, strict:bool=True) -> None:
         "As `Adapter.load`. An extracted adapter gives its own directions back first, for which its base must have been kept."
@@ -139,22 +140,21 @@ class ModulatedPiSSA(Adapter):
         super().load(path, strict)
 
     @classmethod
-    def _check(cls, model, ck, layers, strict, live=None):
-        super()._check(model, ck, layers, strict, live)
+    def check(cls, model, ck, layers, strict, live=None) -> None:
+        super().check(model, ck, layers, strict, live)
         _check_lengths(ck, layers)
         if ck.meta.get("extract", True): _check_extractable(model, layers)
         _check_directions(ck, layers, strict, live)
 
-    def _settle(self, meta:Mapping) -> None:
-        fresh = _round_id(self.S, self.layers) if self.cfg.extract else uuid.uuid4().hex[:12]
-        self.id = meta.get("id") or fresh
+    def take_over(self, ck, cfg) -> None:
+        if self.attached and cfg.extract: raise RuntimeError(f"{ck.path}: holds an extracted adapter; leave the with block first")
+        if self.extracted: self.restore_base_W()
+        super().take_over(ck, cfg)
+
+    def settle(self, meta:Mapping) -> None:
+        super().settle(meta)
         self._key = extract(self.layers, self.id, self.held, self.keep_base) if self.cfg.extract else ""
 
-    def _take_over(self, ck, cfg) -> None:
-        if self.extracted: self.restore_base_W()
-        super()._take_over(ck, cfg)
-        self._settle(ck.meta)
-
-    def _meta(self) -> dict: return dict(id=self.id, extract=self.extracted)
-    def _live(self) -> str|None: return self.id if self.extracted else None
-    def _folded_in(self) -> None: pass
+    def new_id(self) -> str: return _round_id(self.S, self.layers) if self.cfg.extract else super().new_id()
+    def meta(self) -> dict: return super().meta() | dict(extract=self.extracted)
+    def folded_in(self) -> None: self.hooks.refresh()
