@@ -7,7 +7,7 @@ __all__ = ['logger', 'History', 'doses', 'stacked', 'layers_of', 'HistoryBake', 
 
 # %% ../../nbs/3_adapters/06_history.ipynb #b5352d9f
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import pandas as pd
@@ -120,7 +120,7 @@ class HistoryBake(_Stacked):
             raise ValueError("an adapter of this history is extracted: the weights alone are not the base; use PiSSAHistoryBake, "
                              "or restore_base_W() it first")
 
-    def set_gate(self, is_active:Callable[[], object]) -> None:
+    def set_gate(self, is_active) -> None:
         "`is_active()` is asked at every layer: True is the history, False the base, a bool tensor `(b,)` one of them per row."
         if not callable(is_active): raise ValueError(f"a gate is a function without arguments, got {is_active!r}")
         self.gate = is_active
@@ -143,7 +143,7 @@ class PiSSAHistoryBake(HistoryBake):
     def _check(self, total:Mapping[Adapter, float]) -> None:
         if not any(a.has_offset for a in total): raise ValueError("no adapter of this history is extracted; use HistoryBake")
 
-    def set_gate(self, is_active:Callable[[], object]) -> None:
+    def set_gate(self, is_active) -> None:
         "Accepted, so that the same training code serves both; it does nothing, and says so once."
         if not self.told: logger.warning("PiSSAHistoryBake is always on (without it the layers hold W_res): the gate is not used")
         self.told = True
