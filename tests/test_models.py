@@ -4,7 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from modlab import load_model, load_pairs, models
+from modlab import load_model, load_pairs
+from modlab.model import loading as models
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from ..learn.activations import check_after, directions
+from ..model.cache import check_after, directions
 from .files import Checkpoint, few, refuse
 from ..maths.lowrank import LowRank
 from ..maths.scores import ProjectionStats, check_mode, choose, flaw, project, selection_scores, tail_depth
