@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 # %% ../../nbs/1_maths/00_lowrank.ipynb #77bdcf3f
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
-    "The linear map `x -> up · diag(gain) · down · x`, kept as its factors. Applying it costs `r (i + o)` multiplications per token."
+    "The linear map `x -> up · diag(gain) · down · x`, kept as its factors. It costs `r (i + o)` multiplications per token."
     down: Float[Tensor, "r i"]
     gain: Float[Tensor, "r"] | Float[Tensor, "b r"] # one gain per direction, or a row of them for each sequence of the batch
     up: Float[Tensor, "o r"]
@@ -62,12 +62,12 @@ def _shown(m:LowRank) -> str:
 # %% ../../nbs/1_maths/00_lowrank.ipynb #af0737f8
 def stack(maps:Sequence[LowRank], # on one layer; ranks may differ
          ) -> LowRank: # of the summed rank
-    "The sum of maps as one map: factors concatenated along `r`. `ValueError` if there are none or they differ in layer shape or rows."
+    "The sum of maps as one map: factors side by side along `r`. `ValueError` for none, or for other layer shapes or rows."
     if not maps: raise ValueError("nothing to stack: give at least one LowRank")
     shapes = {(m.up.shape[0], m.down.shape[1]) for m in maps}
     if len(shapes) > 1: raise ValueError(f"maps of different layers cannot be stacked: their (o, i) are {sorted(shapes)}")
     rows = {len(m.gain) for m in maps if m.gain.ndim == 2}
-    if len(rows) > 1: raise ValueError(f"maps for batches of different size cannot be stacked: their gains have {sorted(rows)} rows")
+    if len(rows) > 1: raise ValueError(f"maps for different batches cannot be stacked: their gains have {sorted(rows)} rows")
     gains = [m.gain.expand(*rows, -1) for m in maps] # a gain without rows counts in every row
     return LowRank(torch.cat([m.down for m in maps]), torch.cat(gains, -1), torch.cat([m.up for m in maps], 1))
 

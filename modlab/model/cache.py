@@ -78,9 +78,10 @@ def _unpacked(key:str, data:bytes, shape:Sequence[int]) -> SVD:
     "The arrays in a file's content; `ValueError` unless they are what `_packed` wrote for this key."
     (o, i), k, f32 = shape, min(shape), torch.float32
     try: tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e: raise ValueError(f"not a safetensors file: {e}") from e
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e: raise ValueError(f"unreadable: {e}") from e
     found = {name: (tuple(T.shape), T.dtype) for name, T in tensors.items()}
-    if found != dict(U=((o, k), f32), S=((k,), f32), Vh=((k, i), f32), digest=((20,), torch.uint8)): raise ValueError(f"it holds {found}")
+    wanted = dict(U=((o, k), f32), S=((k,), f32), Vh=((k, i), f32), digest=((20,), torch.uint8))
+    if found != wanted: raise ValueError(f"it holds {found}")
     svd = tensors["U"], tensors["S"], tensors["Vh"]
     if _digest(key, svd) != bytes(tensors["digest"].tolist()): raise ValueError("its digest is not that of its arrays")
     return svd
