@@ -390,3 +390,26 @@ def test_small_parts_move_a_large_mean_as_they_should():
     assert abs((total.mean.item() - start.mean.item()) - float(want - 10**6)) < 1e-5 * float(want - 10**6)
     assert abs(total.m2.item() - m2) < 1e-9 * m2
     assert sum32 == torch.tensor(float(10**8 * 10**6)), "a float32 sum does not move at all"
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), torch.nn.DataParallel])
+def test_a_wrapped_model_is_captured_under_its_plain_names(wrap):
+    model = build()
+    plain, streams = capture_activations(model, TOK, PAIRS), capture_statistics(model, TOK, PAIRS)
+    wrapped, streamed = capture_activations(wrap(model), TOK, PAIRS), capture_statistics(wrap(model), TOK, PAIRS)
+    assert list(plain) == list(wrapped) == list(streamed)
+    for name in plain:
+        for side in ("cho", "rej"):
+            assert torch.equal(plain[name][side], wrapped[name][side])
+            assert all(torch.equal(getattr(streams[name][side], f), getattr(streamed[name][side], f)) for f in FIELDS)
+
+
+def test_a_peft_model_is_captured_with_what_peft_adds():
+    import peft
+    model = build()
+    plain = capture_activations(model, TOK, PAIRS)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    captured = capture_activations(wrapped, TOK, PAIRS)
+    first, last = list(plain)[0], list(plain)[-1]
+    assert list(captured) == list(plain) and torch.equal(captured[first]["cho"], plain[first]["cho"])
+    assert not torch.allclose(captured[last]["cho"], plain[last]["cho"]), "the model that is used, with its PEFT adapter"

@@ -63,7 +63,8 @@ BROKEN = {"a lone surrogate in the prompt": dict(prompt="\ud83d"), "in an answer
 @pytest.fixture
 def strict(tiny_tok):
     "A tokenizer with a template that concatenates, so that a number is a TypeError, and that refuses a role."
-    tiny_tok.chat_template = ("{% for m in messages %}{% if m['role'] == 'nobody' %}{{ raise_exception('what role?') }}{% endif %}"
+    tiny_tok.chat_template = ("{% for m in messages %}"
+                              "{% if m['role'] == 'nobody' %}{{ raise_exception('what role?') }}{% endif %}"
                               "{{ m['role'] + ': ' + m['content'] }}\n{% endfor %}")
     return tiny_tok
 
@@ -89,7 +90,7 @@ def test_a_tokenizer_that_moves_the_text_is_refused(tiny_tok):
             if add_special_tokens: found["input_ids"] = found["input_ids"][::-1]
             return found
     tiny_tok.__class__ = Odd
-    with pytest.raises(ValueError, match="not around it; give the prompt as chat messages"): prompt_ids(tiny_tok, "ab")
+    with pytest.raises(ValueError, match="not around it; give chat messages"): prompt_ids(tiny_tok, "ab")
 
 
 def test_a_batch_prints_no_tensor(tiny_tok):

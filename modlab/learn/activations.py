@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..adapters.adapter import layer_input
 from ..maths.scores import ProjectionStats, project
 from ..model.cache import check_after, directions
-from ..model.layers import device_of, guard_4bit, offloading
+from ..model.layers import device_of, guard_4bit, inner_model, offloading
 from ..model.loading import evaluating
 from ..model.targets import LoRAConfig, find_targets
 from ..model.text import Batch, batches, check_count, sides_of
@@ -113,6 +113,7 @@ def capture_activations(model:nn.Module, tok:PreTrainedTokenizerBase,
                         batch_size:int=8, # sequences per forward
                        ) -> dict[str, dict[str, Tensor]|Tensor]: # {name: {"cho": (n, i), "rej": (n, i)}}, or {name: (n, i)}
     "Inputs of each target layer on completion tokens, float32 on the CPU. `ValueError` for records of no kind or routed layers."
+    model = inner_model(model)
     limit, layers, sides = _wanted(max_tokens), find_targets(model, cfg), sides_of(records)
     return by_layer({side: stored(model, layers, _runs_of(tok, records, side, batch_size), limit) for side in sides})
 
@@ -137,6 +138,7 @@ def capture_statistics(model:nn.Module, tok:PreTrainedTokenizerBase,
                        after:Sequence=(), # unextracted PiSSA adapters whose directions are taken, as the new adapter will have it
                       ) -> dict[str, dict[str, ProjectionStats]|ProjectionStats]: # {name: {"cho": …, "rej": …}}, or {name: …}
     "Statistics of each layer's inputs along its singular directions, in one pass, at any length. Errors as for activations."
+    model = inner_model(model)
     limit, layers, sides = _wanted(max_tokens), find_targets(model, cfg), sides_of(records)
     check_after(model, after)
     frames = {name: (S.cpu(), Vh.cpu() if offloading(layers[name]) else Vh) for name, (_, S, Vh) in directions(layers, after)}

@@ -37,7 +37,7 @@ def _text_ids(tok:PreTrainedTokenizerBase, text:str) -> list[int]:
     if not plain: return whole[:1] if set(whole[:1]) & {tok.bos_token_id, tok.cls_token_id} else []
     for n in range(len(whole) - len(plain) + 1):
         if whole[n:n + len(plain)] == plain: return whole[:n + len(plain)]
-    raise ValueError(f"{type(tok).__name__} puts special tokens into {text[:60]!r}, not around it; give the prompt as chat messages")
+    raise ValueError(f"{type(tok).__name__} puts special tokens into {text[:60]!r}, not around it; give chat messages")
 
 # %% ../../nbs/2_model/03_text.ipynb #f0e404fc
 def _check_messages(tok:PreTrainedTokenizerBase, messages:Sequence) -> None:
