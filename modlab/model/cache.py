@@ -10,7 +10,6 @@ import hashlib
 import os
 import secrets
 import shutil
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from ..maths.svd import SVD, check_weight, thin_svd
 from .layers import remaining
-from .loading import cache_dir
+from .loading import cache_dir, sweep
 
 # %% ../../nbs/2_model/06_cache.ipynb #604bbabb
 def _workers(weights:Mapping[str, Tensor]) -> int: # at least 1
@@ -87,8 +86,6 @@ def _unpacked(key:str, data:bytes, shape:Sequence[int]) -> SVD:
     return svd
 
 # %% ../../nbs/2_model/06_cache.ipynb #7f28c75d
-_HOUR = 3600.0 # seconds: no file takes this long to write
-
 class _Store:
     "A folder of decompositions. What there is to say is collected in `notes`, since worker threads should not warn."
     def __init__(self, folder:Path, limit:int):
@@ -120,25 +117,13 @@ class _Store:
             with suppress(OSError): half.unlink(missing_ok=True)
 
 # %% ../../nbs/2_model/06_cache.ipynb #55b74174
-def _stats(folder:Path, pattern:str) -> list[tuple[float, int, Path]]: # (time of the last use, bytes, path), oldest first
-    "What lies in the folder now; files that vanish meanwhile are left out."
-    found = []
-    for path in folder.glob(pattern):
-        with suppress(OSError): found.append((path.stat().st_mtime, path.stat().st_size, path))
-    return sorted(found)
-
-def _sweep(folder:Path) -> None:
-    "Delete what killed processes left, and the pickles of modlab 0.1."
-    for used, _, path in _stats(folder, "writing-*"):
-        if used > time.time() - _HOUR: continue
-        with suppress(OSError): path.unlink(missing_ok=True)
-    shutil.rmtree(folder / "joblib", ignore_errors=True)
-
 def _evict(folder:Path, limit:int) -> None:
     "Delete what was not read for longest, until the files fit under the limit."
-    files = _stats(folder, "*.safetensors")
+    files = []
+    for path in folder.glob("*.safetensors"):
+        with suppress(OSError): files.append((path.stat().st_mtime, path.stat().st_size, path)) # another process may delete it
     size = sum(n for _, n, _ in files)
-    for _, n, path in files:
+    for _, n, path in sorted(files):
         if size <= limit: return
         with suppress(OSError): path.unlink(missing_ok=True)
         size -= n
@@ -164,7 +149,8 @@ def _cache(weights:Mapping[str, Tensor]) -> _Store|None:
     except OSError as e:
         warnings.warn(f"no folder for the SVD cache ({e}): results are not kept; MODLAB_CACHE names another place", stacklevel=3)
         return None
-    _sweep(folder)
+    sweep(folder, "writing-*")
+    shutil.rmtree(folder / "joblib", ignore_errors=True) # the pickles of modlab 0.1
     return _Store(folder, limit)
 
 # %% ../../nbs/2_model/06_cache.ipynb #7b9d3c41
