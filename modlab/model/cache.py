@@ -102,21 +102,21 @@ class _Store:
         except FileNotFoundError: pass
         except (OSError, ValueError) as e: self.notes.append(f"{path} cannot be used ({e}): this SVD is computed again")
         svd = thin_svd(W)
-        if self.writable: self.write(path, _packed(key, svd))
+        if self.writable: _write(self, path, _packed(key, svd))
         return svd
 
-    def write(self, path:Path, data:bytes) -> None:
-        "In one step; the first failure is noted and ends writing."
-        half = self.folder / f"writing-{secrets.token_hex(8)}"
-        try:
-            half.write_bytes(data)
-            half.replace(path)
-        except OSError as e:
-            if self.writable: self.notes.append(f"the SVD cache {self.folder} cannot be written ({e}): results are not kept")
-            self.writable = False
-            with suppress(OSError): half.unlink(missing_ok=True)
-
 # %% ../../nbs/2_model/06_cache.ipynb #55b74174
+def _write(store:_Store, path:Path, data:bytes) -> None:
+    "Write in one step. The first failure is noted, and nothing is written after it."
+    half = store.folder / f"writing-{secrets.token_hex(8)}"
+    try:
+        half.write_bytes(data)
+        half.replace(path)
+    except OSError as e:
+        if store.writable: store.notes.append(f"the SVD cache {store.folder} cannot be written ({e}): results are not kept")
+        store.writable = False
+        with suppress(OSError): half.unlink(missing_ok=True)
+
 def _evict(folder:Path, limit:int) -> None:
     "Delete what was not read for longest, until the files fit under the limit."
     files = []

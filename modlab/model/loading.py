@@ -86,6 +86,7 @@ def _converted(folder:Path) -> Path:
         finally: shutil.rmtree(half, ignore_errors=True)
     return folder
 
+# %% ../../nbs/2_model/04_loading.ipynb #67fa64b2
 def _default_model_folder() -> Path: # a folder that `from_pretrained` reads
     "The default model as a Hugging Face folder: in the cache, converted on first use, or a temporary one with a warning."
     try:

@@ -57,7 +57,7 @@ def prompt_ids(tok:PreTrainedTokenizerBase, prompt:Prompt) -> list[int]:
     opened = prompt[-1]["role"] == "assistant" # then the answer continues this turn
     try: text = tok.apply_chat_template(prompt, add_generation_prompt=not opened, continue_final_message=opened, tokenize=False)
     except Exception as e:
-        raise ValueError(f"the tokenizer's chat template refuses the prompt ({type(e).__name__}: {e})") from e
+        raise ValueError(f"the tokenizer's chat template refuses the prompt: {e} ({type(e).__name__})") from e
     return _tokens(tok, text)
 
 # %% ../../nbs/2_model/03_text.ipynb #5d64e677
