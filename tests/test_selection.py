@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from modlab import capture_statistics
 from modlab.maths.scores import SCORES, ProjectionStats, chance_overlap, choose, overlap, project, selection_scores, tail_depth
 from modlab.maths.svd import thin_svd
 
@@ -110,3 +111,11 @@ def test_refusals_name_the_layer_and_what_to_pass(mode, stats, says):
 @pytest.mark.parametrize("X", [torch.ones(4, 7), torch.ones(5), torch.ones(4, 5).long(), torch.full((4, 5), math.inf)])
 def test_bad_activations(X):
     with pytest.raises(ValueError, match=r"up: calibration activations .*\(n, 5\)"): project(X, torch.eye(5)[:3], "up")
+
+
+def test_what_capture_returns_prints_no_tensor(tiny):
+    pairs = [dict(prompt="Tea? ", cho="With milk.", rej="Never.")] * 2
+    streams = capture_statistics(*tiny, pairs)
+    one = ProjectionStats.of(noise(7, 5))
+    assert repr(one) == "ProjectionStats(7 rows on 5 directions)" and len(repr(streams)) < 150 * len(streams)
+    assert "tensor" not in repr(streams) and one == one and one != ProjectionStats.of(noise(7, 5)), "compared as objects"

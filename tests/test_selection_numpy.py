@@ -5,7 +5,7 @@ import torch
 from models import build
 
 from modlab import ModulatedPiSSA, capture_activations
-from modlab.model.loading import byte_tokenizer
+from modlab.model.loading import _byte_tokenizer
 from modlab.model.targets import find_targets
 
 RANK = 8
@@ -24,7 +24,7 @@ def setting():
     "A model, its activations from modlab, and the same read off by hand: one record at a time, no padding, no batch."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model, tok = build(), byte_tokenizer()
+    model, tok = build(), _byte_tokenizer()
     by_hand = {name: {"cho": [], "rej": []} for name in find_targets(model)}
     for side in ("cho", "rej"):
         for record in PAIRS:

@@ -1,5 +1,8 @@
 """Which layers are reached, on models of many kinds."""
+import tempfile
+
 import pandas as pd
+import peft
 import pytest
 import torch
 from models import ARCHS, build
@@ -17,8 +20,8 @@ from transformers import (
 )
 
 from modlab import ModulatedLoRA, ModulatedPiSSA
-from modlab.model.targets import LoRAConfig, block_of, block_stacks, find_targets, in_range, target_table
-from modlab.model.layers import is_linear, layer_shape
+from modlab.model.layers import inner_model, is_linear, layer_shape
+from modlab.model.targets import LoRAConfig, _in_range, block_of, block_stacks, find_targets, target_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
@@ -107,13 +110,13 @@ def test_table_and_search_agree(name, layer_range):
     (0.0, 0.7, 10, range(7)), (0.0, 0.29, 100, range(29)), (0.1, 0.3, 30, range(3, 9)), (0.0, 0.1, 4, range(0)),
     (0.58, 1.0, 50, range(29, 50)), (0.2, 0.8, 30, range(6, 24)), (0.0, 1.0, 7, range(7)), (0.999, 1.0, 3, range(2, 3))])
 def test_a_range_loses_no_block_to_float_dust(lo, hi, depth, kept):
-    assert [b for b in range(depth) if in_range(b, depth, (lo, hi))] == list(kept)
+    assert [b for b in range(depth) if _in_range(b, depth, (lo, hi))] == list(kept)
 
 
 def test_neighbouring_ranges_share_the_blocks_out():
     for depth in range(1, 130):
         cuts = [n / 10 for n in range(11)]
-        assert [b for lo, hi in zip(cuts, cuts[1:]) for b in range(depth) if in_range(b, depth, (lo, hi))] == list(range(depth))
+        assert [b for lo, hi in zip(cuts, cuts[1:]) for b in range(depth) if _in_range(b, depth, (lo, hi))] == list(range(depth))
 
 
 def test_each_stack_counts_its_own_blocks_and_what_lies_outside_is_kept():
@@ -175,3 +178,87 @@ def test_no_warning_where_no_expert_is_asked_for():
     (("all-linear",), ("mlp", "lm_head"), 16), (("Q_PROJ|(?i:O_PROJ)",), (), 4)])
 def test_patterns_are_searched_and_exclude_wins(targets, exclude, found):
     assert len(find_targets(build(), LoRAConfig(targets=targets, exclude=exclude))) == found
+
+
+@pytest.mark.parametrize("targets, meant", [
+    ("qproj", "q_proj"), (("q_proj", "k_porj"), "k_proj"), (("qproj", "vproj"), "q_proj, v_proj"), ("all_linear", "all-linear")])
+def test_a_mistyped_role_names_the_roles_that_exist(targets, meant):
+    roles = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"
+    for f in (lambda cfg: find_targets(build(), cfg), lambda cfg: ModulatedLoRA(build(), targets=cfg.targets)):
+        with pytest.raises(ValueError, match=rf"roles here: {roles}; did you mean {meant}\? target_table"):
+            f(LoRAConfig(targets=targets))
+
+
+def test_where_nothing_is_near_the_roles_are_still_named():
+    with pytest.raises(ValueError, match=r"roles here: c_attn, c_proj, c_fc, lm_head; target_table"):
+        find_targets(build("gpt2"), LoRAConfig(targets="xyz"))
+    with pytest.raises(ValueError, match="roles here: none"): find_targets(torch.nn.ReLU())
+
+
+# ---- wrapped models ----
+
+def peft_of(model, **kw):
+    "The model with a PEFT LoRA on its attention."
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **kw))
+
+
+def compiled_blocks(model):
+    "Each block compiled by itself, as for large models."
+    for n, block in enumerate(model.model.layers): model.model.layers[n] = torch.compile(block, backend="eager")
+    return model
+
+
+WRAPPERS = {"compiled": lambda m: torch.compile(m, backend="eager"), "parallel": torch.nn.DataParallel, "peft": peft_of,
+            "blocks": compiled_blocks,
+            "parallel, compiled, peft": lambda m: torch.nn.DataParallel(torch.compile(peft_of(m), backend="eager")),
+            "peft, saved head": lambda m: peft_of(m, modules_to_save=["lm_head"])}
+every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
+CFGS = [LoRAConfig(), LoRAConfig(layer_range=(0.25, 0.75)), LoRAConfig(targets=("^model.layers.1", "q_proj$")),
+        LoRAConfig(targets=("all-linear", "lm_head"), exclude=())]
+
+
+@every_wrapper
+@pytest.mark.parametrize("cfg", CFGS)
+def test_a_wrapped_model_has_the_targets_of_the_plain_one(wrapper, cfg):
+    plain = build()
+    names, table, stacks = list(find_targets(plain, cfg)), target_table(plain, cfg), block_stacks(plain)
+    wrapped = WRAPPERS[wrapper](plain)
+    found = find_targets(wrapped, cfg)
+    assert list(found) == names and all(type(m) is torch.nn.Linear for m in found.values())
+    pd.testing.assert_frame_equal(target_table(wrapped, cfg), table)
+    assert block_stacks(wrapped) == stacks and type(inner_model(wrapped)) is LlamaForCausalLM
+    weights = build().state_dict()
+    assert all(torch.equal(m.weight, weights[f"{n}.weight"]) for n, m in found.items()), "the base layers, not what PEFT added"
+
+
+@pytest.mark.parametrize("wrapper", ["parallel", "peft", "peft, saved head"])  # a compiled graph does not see a later hook
+def test_what_is_found_is_what_runs(wrapper):
+    "A change in a layer that was found changes what the wrapped model computes."
+    wrapped, ids = WRAPPERS[wrapper](build()).eval(), torch.arange(10).view(2, 5)
+    with torch.no_grad():
+        for name, layer in find_targets(wrapped, LoRAConfig(targets=("layers.2.*", "lm_head"), exclude=())).items():
+            before = wrapped(ids).logits
+            handle = layer.register_forward_hook(lambda m, args, y: y + 0.5 * torch.randn_like(y))
+            assert not torch.equal(wrapped(ids).logits, before), name
+            handle.remove()
+
+
+def test_a_model_into_which_peft_was_injected():
+    model = build()
+    names = list(find_targets(model))
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert list(find_targets(model)) == names and not any("lora" in n for n in target_table(model).name)
+
+
+def test_a_peft_prompt_is_refused_by_name():
+    prompted = peft.get_peft_model(build(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    for f in (find_targets, target_table, inner_model):
+        with pytest.raises(ValueError, match="PeftModelForCausalLM with virtual tokens.*get_base_model"): f(prompted)
+
+
+def test_parallel_on_the_way_to_many_processes():
+    import torch.distributed as dist
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try: assert list(find_targets(torch.nn.parallel.DistributedDataParallel(build()))) == list(find_targets(build()))
+        finally: dist.destroy_process_group()

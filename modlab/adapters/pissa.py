@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .adapter import LowRankAdapter
 from .files import Checkpoint, refuse
 from .selection import PiSSAConfig, Score, check_calibration, decompose, selection_line
-from ..learn.activations import check_after
+from ..model.cache import check_after
 from ..maths.lowrank import LowRank
 from ..model.changes import extract, is_extracted, put_back
 from ..model.layers import layer_shape, shared_weights, why_fixed

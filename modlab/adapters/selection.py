@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from ..learn.activations import directions
+from ..model.cache import directions
 from ..maths.scores import ProjectionStats, check_mode, choose, flaw, project, selection_scores, tail_depth
 from ..model.layers import layer_shape
 from ..model.ledger import few
