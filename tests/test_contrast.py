@@ -8,7 +8,10 @@ import torch
 from models import adapter_of, build, changes, seeded, state
 
 from modlab import ContrastConfig, ModulatedLoRA, ModulatedPiSSA, collate, contrast, gradient_cosine, kl_curve, tiny_model
-from modlab.learn.contrast import COLUMNS, encode_pairs, pair_losses, pcgrad, push, reader, without_conflict
+from modlab.learn.contrast import COLUMNS, encode_pairs, push
+from modlab.learn.contrast import _pair_losses as pair_losses
+from modlab.learn.contrast import _reader as reader
+from modlab.learn.pcgrad import pcgrad, without_conflict
 from modlab.maths.divergence import kl_rev, token_nll
 from modlab.learn.loop import NonFiniteLoss
 
