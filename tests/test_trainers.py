@@ -1,5 +1,6 @@
 """What `heal` and `contrast` share: mistakes told in plain words, rates, resuming, the best epoch, stopping early, files, checkpointing."""
 import os
+import random
 import resource
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ from modlab.learn.recompute import without_dropout
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [dict(prompt=f"{n}?", cho="a" * (3 + n % 4), rej="b" * (2 + n % 3)) for n in range(12)]
 SAMPLES = [dict(prompt=p["prompt"], completion=p["cho"]) for p in PAIRS]
+DRAW = random.Random(0)
+NOISE = [dict(prompt=f"{n}?", **{side: "".join(DRAW.choices("abcdefgh", k=8)) for side in ("cho", "rej")}) for n in range(12)]
 CFG = dict(heal=HealConfig(min_train=8, r=4, epochs=2, lr=1e-2, batch_size=4, val_frac=1 / 4),
            contrast=ContrastConfig(epochs=2, lr=1e-2, batch_size=4, val_frac=1 / 4))
 BOTH = pytest.mark.parametrize("kind", ["heal", "contrast"])
@@ -35,10 +38,11 @@ def pissa(model, **kwargs):
     return ModulatedPiSSA(model, r=8, selection_score="s_only", init=(0.0, 0.0), **{"extract": False} | kwargs)
 
 
-def go(kind, make=lora, model=None, history=(), resume=None, **changed):
+def go(kind, make=lora, model=None, history=(), resume=None, pairs=PAIRS, **changed):
     "A run of one of the trainers on a fresh tiny model."
     model, tok = model or tiny_model()[0], tiny_model()[1]
-    trainer, records = (heal, SAMPLES) if kind == "heal" else (contrast, PAIRS)
+    samples = [dict(prompt=p["prompt"], completion=p["cho"]) for p in pairs]
+    trainer, records = (heal, samples) if kind == "heal" else (contrast, pairs)
     return trainer(model, tok, make(model), records, replace(CFG[kind], **changed), history=history, resume=resume)
 
 
@@ -84,7 +88,6 @@ A, B = HealConfig(min_train=8), ContrastConfig()
     (lambda m, t, a: heal(m, t, PAIRS, A), "sample 0 is a pair"),
     (lambda m, t, a: contrast(m, t, a, SAMPLES, B), "expected pairs"),
     (lambda m, t, a: gradient_cosine(m, t, PAIRS, a), "list in the place of the adapter.*gradient_cosine"),
-    (lambda m, t, a: heal(t, m, SAMPLES, A), "model and tokenizer|tokenizer.*model"),
     (lambda m, t, a: heal(m, t, build(), SAMPLES, A), "LlamaForCausalLM in the place of the adapter"),
 ])
 def test_a_mistake_is_told_in_plain_words(tiny, f, match):
@@ -138,8 +141,9 @@ def test_a_new_kind_states_its_own_rate_and_without_one_it_is_asked_for(monkeypa
 
 
 def test_the_default_rate_of_a_pissa_does_something():
-    run = go("contrast", pissa, lr=None, epochs=3)
-    assert rows(run, "val").margin_plus.iloc[-1] > rows(run, "val").margin_plus.iloc[0] + 0.5
+    make = lambda model: ModulatedPiSSA(model, r=32, selection_score="s_only", init=(0.0, 0.0), extract=False)
+    rise = lambda run: rows(run, "val").margin_plus.iloc[-1] - rows(run, "val").margin_plus.iloc[0]
+    assert rise(go("contrast", make, lr=None, epochs=3)) > 2 > 0.05 > rise(go("contrast", make, lr=2e-4, epochs=3))
 
 
 # ---- resuming, the best epoch, stopping early ----
@@ -157,7 +161,7 @@ def broken_off(kind, at, path, monkeypatch, **changed):
         with pytest.raises(KeyboardInterrupt): go(kind, resume=path, **changed)
 
 
-BEST = dict(heal=dict(epochs=5, lr=0.1), contrast=dict(epochs=5, lr=0.2))  # so fast that it soon overshoots
+BEST = {kind: dict(epochs=5, lr=lr, pairs=NOISE) for kind, lr in (("heal", 0.1), ("contrast", 0.03))}  # it soon learns by heart
 
 
 @pytest.mark.parametrize("at", [2, 3, 4, 6])
@@ -348,8 +352,7 @@ def test_what_a_killed_write_left_is_overwritten(kind, tmp_path):
 def forwards(model, calls):
     "Count how often each block of the model runs."
     block = (model.model.layers if hasattr(model.model, "layers") else model.model.decoder.layers)[1]
-    part = block.mlp if hasattr(block, "mlp") else block.fc1
-    return part.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    return block.self_attn.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
 
 
 def dropping(arch, tok):
@@ -359,6 +362,7 @@ def dropping(arch, tok):
         for block in model.model.layers: block.self_attn.attention_dropout = 0.5
         return model
     model = build(arch)
+    torch.manual_seed(0)
     model.resize_token_embeddings(len(tok), mean_resizing=False)
     for block in model.model.decoder.layers: block.dropout = block.self_attn.dropout = 0.5
     return model
