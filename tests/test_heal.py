@@ -32,9 +32,9 @@ from modlab import (
     kl_rev,
     tiny_model,
 )
+from modlab.learn.heal import _encode_samples as encode_samples
 from modlab.learn.heal import _Losses as Losses
 from modlab.learn.heal import _postfix as postfix
-from modlab.learn.heal import encode_samples
 from modlab.learn.trainer import reference_states
 from modlab.model.readout import Readout
 
@@ -318,7 +318,7 @@ def test_numbers_from_numpy_and_lists_can_be_resumed(tmp_path):
     loose = dict(epochs=1, lr=np.float64(1e-2), lam=np.float64(2), betas=tuple(np.array([0.9, 0.95])),
                  layer_range=tuple(np.array([0.0, 1.0])), targets=["q_proj"])
     first = run(replace(CFG, **loose), resume=tmp_path / "run.pt")
-    for settings in (loose, exact): assert run(replace(CFG, **settings), resume=tmp_path / "run.pt").log.equals(first.log)
+    for given in (loose, exact): assert run(replace(CFG, **given), resume=tmp_path / "run.pt").log.equals(first.log)
     assert same(numbers(first.adapter), numbers(run(replace(CFG, **exact)).adapter))
 
 

@@ -132,7 +132,7 @@ def test_no_absolute_local_path_in_markdown():
 # ---- modules ----
 
 MOVING = {"maths.svd": {"model.loading"}, "model.readout": {"adapters.adapter"}, "adapters.pissa": {"learn.activations"},
-          "learn.activations": set()} # on their way to their chapter
+          "learn.activations": set(), "learn.trainer": {"show.plots"}} # on their way to their chapter
 
 
 def imported(source: str, chapter: str = "maths") -> set[str]:

@@ -73,8 +73,8 @@ def rate_of(adapter:object, trainer:str) -> float:
     kinds = [vars(cls)["kind"] for cls in type(adapter).__mro__ if "kind" in vars(cls)]
     stated = next((RATES[kind] for kind in kinds if kind in RATES), {})
     if trainer in stated: return stated[trainer]
-    raise ValueError(f"an adapter of kind {adapter.kind!r} states no default learning rate for {trainer}; give lr=, or add a line "
-                     "to modlab.learn.settings.RATES")
+    raise ValueError(f"an adapter of kind {adapter.kind!r} states no default learning rate for {trainer}; give lr=, or add a "
+                     "line to modlab.learn.settings.RATES")
 
 def with_rate(cfg:TrainConfig, adapter:object, trainer:str) -> TrainConfig:
     "The same settings with the rate that will be used."
@@ -94,7 +94,8 @@ def epoch_order(indices:Sequence[int], cfg:TrainConfig, epoch:int) -> list[int]:
 # %% ../../nbs/4_learn/02_settings.ipynb #6ce10925
 def check_validation(n:int, cfg:TrainConfig) -> None:
     "`ValueError` if the settings need a validation loss and `n` samples leave nothing to measure it on."
-    asked = [f"{field}={value!r}" for field, value in dict(keep=cfg.keep, patience=cfg.patience).items() if value not in ("last", None)]
+    wanted = dict(keep=cfg.keep, patience=cfg.patience).items()
+    asked = [f"{field}={value!r}" for field, value in wanted if value not in ("last", None)]
     if asked and not split(n, cfg)[1]:
         raise ValueError(f"{' and '.join(asked)} needs a validation loss, and there are no validation samples: of {n} samples "
                          f"val_frac={cfg.val_frac} holds out none (fewer than 8 are never split); raise val_frac, or give more")

@@ -39,6 +39,20 @@ def is_records(given:object) -> bool:
     "Could it be a list of records?"
     return not isinstance(given, str | Mapping | Adapter | TrainConfig | nn.Module) and hasattr(given, "__len__")
 
+def _settings(front:"Front", cfg:object) -> TrainConfig:
+    if cfg is None: return front.config()
+    name = front.config.__name__
+    if isinstance(cfg, Mapping): raise ValueError(f"cfg is a dict; make it {name}(**settings)")
+    if isinstance(cfg, list | tuple): raise front.by_name()
+    if isinstance(cfg, front.config): return cfg
+    raise ValueError(f"{_name(cfg)} in the place of cfg, expected {name}; the call is {front.usage}")
+
+def _check_history(front:"Front", history:object) -> None:
+    if isinstance(history, TrainConfig): raise ValueError(f"history is {_name(history)}; settings go in cfg=: {front.usage}")
+    if not isinstance(history, list | tuple):
+        raise ValueError(f"a history is a list [(adapter, c), ...], also of one; got {_name(history)}")
+
+# %% ../../nbs/4_learn/07_trainer.ipynb #63458fde
 @dataclass(frozen=True)
 class Front:
     "How a trainer is called, and what it says to somebody who calls it in another way."
@@ -50,29 +64,20 @@ class Front:
     def wrong(self, given:object, place:str) -> ValueError:
         return ValueError(f"{_name(given)} in the place of {place}; the call is {self.usage}")
 
-    def by_name(self) -> ValueError: return ValueError(f"a history goes by name, history=[(adapter, c), ...]; the call is {self.usage}")
+    def by_name(self) -> ValueError:
+        return ValueError(f"a history goes by name, history=[(adapter, c), ...]; the call is {self.usage}")
 
     def check(self, adapter:object, records:object, history:object) -> None:
         "`ValueError` for what stands in the wrong place."
         missing = adapter is None and self.makes
         if not (missing or isinstance(adapter, Adapter)): raise self.wrong(adapter, "the adapter")
-        self.check_records(records)
-        if isinstance(history, TrainConfig): raise ValueError(f"history is {_name(history)}; settings go in cfg=: {self.usage}")
-        if not isinstance(history, Sequence) or isinstance(history, str):
-            raise ValueError(f"a history is a list [(adapter, c), ...], got {_name(history)}: the history is a list, also of one")
-
-    def check_records(self, records:object) -> None:
+        _check_history(self, history)
         if records is None: raise ValueError(f"there are no {self.records}; the call is {self.usage}")
         if not is_records(records): raise self.wrong(records, f"the {self.records}")
 
     def settings(self, cfg:object) -> TrainConfig:
-        "The settings, or the default ones for None."
-        if cfg is None: return self.config()
-        name = self.config.__name__
-        if isinstance(cfg, Mapping): raise ValueError(f"cfg is a dict; make it {name}(**settings)")
-        if isinstance(cfg, list | tuple): raise self.by_name()
-        if isinstance(cfg, self.config): return cfg
-        raise ValueError(f"{_name(cfg)} in the place of cfg, expected {name}; the call is {self.usage}")
+        "The settings, or the default ones for None. `ValueError` for what is none."
+        return _settings(self, cfg)
 
 # %% ../../nbs/4_learn/07_trainer.ipynb #fecc5639
 def encode_answer(tok:PreTrainedTokenizerBase, record:dict, side:str, max_len:int) -> Encoded:
@@ -168,7 +173,8 @@ def _headline(run:TrainRun) -> str:
     for split in ("train", "val"):
         rows = means.loc[split].loc[:run.kept_epoch] if split in means.index else means[:0]
         if len(rows): parts.append(f"{split} {run.said(rows.iloc[0], rows.iloc[-1])}")
-    return f"{type(run).__name__}: {steps} steps in {done}{planned} epochs, lr {run.cfg.lr:g}{kept}; epoch means: {'; '.join(parts)}"
+    told = f"{type(run).__name__}: {steps} steps in {done}{planned} epochs, lr {run.cfg.lr:g}{kept}"
+    return f"{told}; epoch means: {'; '.join(parts)}"
 
 def _by_epoch(run:TrainRun) -> str: # HTML
     means = run.epochs().drop(columns=["step", "lr"]).dropna(axis=1, how="all")
