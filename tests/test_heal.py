@@ -202,6 +202,8 @@ if rank == 0:
     done.log.to_pickle(folder / "log")
 try: run(cfg, resume=folder / ("run.pt" if rank == 0 else "elsewhere.pt"))
 except OSError as e: (folder / f"refused{{rank}}").write_text(str(e))
+try: run(cfg, resume=folder / "nowhere" / "run.pt" if rank == 0 else folder / "run.pt")
+except OSError as e: (folder / f"missing{{rank}}").write_text(str(e))
 torch.distributed.destroy_process_group()
 """
 
@@ -226,7 +228,9 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
     assert log[numeric].notna().equals(one.log[numeric].notna()) and (log[numeric] - one.log[numeric]).abs().max().max() < 2e-3
     with pytest.raises(ValueError, match="processes is 2 there and 1 here"):
         run(replace(CFG, batch_size=1, **cfg), resume=tmp_path / "run.pt")
-    for rank in (0, 1): assert "not all processes find the same file" in (tmp_path / f"refused{rank}").read_text()
+    for rank in (0, 1):
+        assert "not all processes find the same file" in (tmp_path / f"refused{rank}").read_text()
+        assert "nowhere does not exist" in (tmp_path / f"missing{rank}").read_text(), "what the first cannot write, all are told"
 
 
 def test_killed_and_resumed_is_bit_identical(tmp_path):

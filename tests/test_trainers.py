@@ -73,6 +73,8 @@ A, B = HealConfig(min_train=8), ContrastConfig()
     (lambda m, t, a: heal(m, t, a, SAMPLES, dict(lr=1e-3)), r"cfg is a dict.*HealConfig\(\*\*"),
     (lambda m, t, a: contrast(m, t, a, PAIRS, dict(lr=1e-3)), r"cfg is a dict.*ContrastConfig\(\*\*"),
     (lambda m, t, a: contrast(m, t, a, PAIRS, A), "HealConfig.*ContrastConfig"),
+    (lambda m, t, a: heal(m, t, SAMPLES, HealConfig), r"the class HealConfig itself; make it HealConfig\(\)"),
+    (lambda m, t, a: heal(m, t, SAMPLES, A, history=[()]), r"history\[0\]"),
     (lambda m, t, a: heal(m, t, SAMPLES, cfg=B), "ContrastConfig.*HealConfig"),
     (lambda m, t, a: contrast(m, t, PAIRS, B), "list in the place of the adapter.*contrast\\(model, tok, adapter, pairs"),
     (lambda m, t, a: contrast(m, t, PAIRS, a, B), "in the place of the adapter"),

@@ -87,11 +87,10 @@ def _encode_samples(tok:PreTrainedTokenizerBase, samples:Sequence[dict], cfg:Hea
 
 def _check_history(model:nn.Module, history:History, adapter:Adapter|None, cfg:HealConfig) -> None:
     "`ValueError` for a history that does not go with `cfg` or the model; `RuntimeError` for a round that it lacks."
-    pristine = cfg.barrier_ref == "base" and cfg.reg in _KINDS
-    if pristine and any(isinstance(entry, Sequence) and getattr(entry[0], "has_offset", False) for entry in history):
+    check_rounds(model, history, adapter)
+    if cfg.barrier_ref == "base" and cfg.reg in _KINDS and any(a.has_offset for a, c in history):
         raise ValueError("barrier_ref='base' needs the pristine model, but a round of this history is extracted: without it the "
                          "weights are W_res; use barrier_ref='prev', or restore_base_W() first")
-    check_rounds(model, history, adapter)
 
 # %% ../../nbs/4_learn/08_heal.ipynb #4d799b65
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ def _settings(front:"Front", cfg:object) -> TrainConfig:
     name = front.config.__name__
     if isinstance(cfg, Mapping): raise ValueError(f"cfg is a dict; make it {name}(**settings)")
     if isinstance(cfg, list | tuple): raise front.by_name()
+    if isinstance(cfg, type): raise ValueError(f"cfg is the class {cfg.__name__} itself; make it {name}()")
     if isinstance(cfg, front.config): return cfg
     raise ValueError(f"{_name(cfg)} in the place of cfg, expected {name}; the call is {front.usage}")
 
