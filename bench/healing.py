@@ -67,12 +67,12 @@ def seconds(f: Callable, *args) -> float:
 
 def healing_row(what: str, model, tok, samples: Sequence[dict], epochs: int, history) -> dict:
     "Seconds a sample of both, and their ratio: above 1, `heal` is the faster one."
-    cfg = HealConfig(epochs=epochs, min_train=1)
+    cfg = HealConfig(epochs=epochs, lr=1e-4, min_train=1)
     encoded = [encode(tok, s["prompt"], s["completion"], cfg.max_len) for s in samples]
     loop(model, encoded[:2], cfg, history)  # does not count
     halves, runs = (encoded[::2], encoded[1::2]), []
     before = seconds(loop, model, halves[0], cfg, history)
-    ours = seconds(lambda: runs.append(heal(model, tok, samples, history, cfg)))
+    ours = seconds(lambda: runs.append(heal(model, tok, samples, cfg, history=history)))
     after = seconds(loop, model, halves[1], cfg, history)
     ours, theirs = ours / int((runs[0].log.split == "train").sum()), [before / len(halves[0]), after / len(halves[1])]
     mean = (before + after) / len(encoded)

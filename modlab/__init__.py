@@ -7,7 +7,8 @@ from .adapters.history import HistoryBake, PiSSAHistoryBake, bake_, baked
 from .adapters.report import bake_report
 from .learn.activations import capture_activations, capture_statistics
 from .adapters.files import read_metadata
-from .learn.contrast import ContrastConfig, ContrastRun, contrast, gradient_cosine
+from .learn.contrast import ContrastConfig, ContrastRun, contrast
+from .learn.cosine import gradient_cosine
 from .maths.divergence import AGGREGATES, aggregate, barrier, kl_fwd, kl_rev, token_nll
 from .show.explore import Explorer, explore
 from .learn.heal import HealConfig, HealRun, heal

@@ -8,9 +8,15 @@ import torch
 from models import adapter_of, build, changes, seeded, state
 
 from modlab import ContrastConfig, ModulatedLoRA, ModulatedPiSSA, collate, contrast, gradient_cosine, kl_curve, tiny_model
-from modlab.learn.contrast import COLUMNS, encode_pairs, pair_losses, pcgrad, push, reader, without_conflict
-from modlab.maths.divergence import kl_rev, token_nll
+from modlab.learn.contrast import _COLUMNS as COLUMNS
+from modlab.learn.contrast import _pair_losses as pair_losses
+from modlab.learn.contrast import _push as push
+from modlab.learn.contrast import _reader as reader
+from modlab.learn.contrast import encode_pairs
 from modlab.learn.loop import NonFiniteLoss
+from modlab.learn.pcgrad import _pcgrad as pcgrad
+from modlab.learn.pcgrad import without_conflict
+from modlab.maths.divergence import kl_rev, token_nll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("lora", "pissa-unextracted", "pissa-extracted")

@@ -17,6 +17,7 @@ from models import adapter_of, build, changes, logits, seeded, state
 from torch.nn.functional import cross_entropy
 
 import modlab.learn.loop as training
+import modlab.learn.settings as settings
 from modlab import (
     HealConfig,
     HistoryBake,
@@ -31,7 +32,10 @@ from modlab import (
     kl_rev,
     tiny_model,
 )
-from modlab.learn.heal import Losses, encode_samples, postfix, reference_states
+from modlab.learn.heal import _encode_samples as encode_samples
+from modlab.learn.heal import _Losses as Losses
+from modlab.learn.heal import _postfix as postfix
+from modlab.learn.trainer import reference_states
 from modlab.model.readout import Readout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +44,7 @@ CFG = HealConfig(min_train=8, r=4, epochs=2, lr=1e-2, batch_size=2)
 
 
 def run(cfg=CFG, history=(), samples=SAMPLES, model=None, **kw):
-    return heal(model or tiny_model()[0], tiny_model()[1], samples, history, cfg, **kw)
+    return heal(model or tiny_model()[0], tiny_model()[1], samples, cfg, history=history, **kw)
 
 
 def numbers(adapter): return {name: p.detach().clone() for name, p in adapter.named_parameters()}
@@ -66,9 +70,10 @@ def nll_by_hand(model, tok, samples):
 
 def test_defaults_are_those_of_the_specification():
     assert asdict(HealConfig()) == dict(
-        r=32, alpha=64.0, layer_range=(0.2, 0.8), targets=("all-linear",), exclude=("vision_tower", "lm_head"), epochs=6, lr=1e-4,
+        r=32, alpha=64.0, layer_range=(0.2, 0.8), targets=("all-linear",), exclude=("vision_tower", "lm_head"), epochs=6, lr=None,
         betas=(0.9, 0.95), warmup_ratio=0.1, weight_decay=0.0, grad_clip=1.0, lam=1.0, tau=0.5, reg="kl_rev", kl_agg="mean",
-        barrier_ref="base", val_frac=1 / 8, min_train=20, batch_size=1, grad_accum=1, max_len=1024, seed=42, log_every=None)
+        barrier_ref="base", val_frac=1 / 8, min_train=20, batch_size=1, grad_accum=1, max_len=1024, seed=42, log_every=None,
+        keep="last", patience=None)
 
 
 @pytest.mark.parametrize("reg, agg", [("kl_rev", "mean"), ("kl_rev", "p95"), ("kl_fwd", "rmse"), ("kl_fwd", "max")])
@@ -101,7 +106,7 @@ def test_the_log_and_what_was_learned(tiny):
     assert train[train.grad_nll.notna()].step.tolist() == [1, 5, 9, 13, 17, 21]
     last = train[train.grad_nll.notna()].iloc[-1]
     assert last.grad_ratio == last.grad_barrier / last.grad_nll and (train.loss - train.nll - train.barrier).abs().max() < 1e-6
-    held_out = [SAMPLES[n] for n in training.split(len(SAMPLES), CFG)[1]]
+    held_out = [SAMPLES[n] for n in settings.split(len(SAMPLES), CFG)[1]]
     assert val.nll.iloc[0] == pytest.approx(nll_by_hand(model, tok, held_out), rel=1e-4)
     with done.adapter(model, 1.0): assert val.nll.iloc[-1] == pytest.approx(nll_by_hand(model, tok, held_out), rel=1e-4)
     assert torch.equal(torch.get_rng_state(), rng) and [c for c in changes(before, model) if not c.startswith("trains")] == []
@@ -141,7 +146,7 @@ def test_on_top_of_a_history(tiny, kind):
     model, tok = tiny
     history = [(adapter_of(kind, model), 0.4), (adapter_of("lora", model, seed=5), -0.2)]
     before, bake = state(model), PiSSAHistoryBake if kind.endswith("-extracted") else HistoryBake
-    held_out = [SAMPLES[n] for n in training.split(len(SAMPLES), CFG)[1]]
+    held_out = [SAMPLES[n] for n in settings.split(len(SAMPLES), CFG)[1]]
     prev = run(replace(CFG, barrier_ref="prev"), history, model=model)
     assert not changes(before, model)
     with bake(model, history): assert prev.log.nll.iloc[0] == pytest.approx(nll_by_hand(model, tok, held_out), rel=1e-4)
@@ -163,7 +168,7 @@ def test_a_history_on_the_head_does_not_reach_the_kept_reference(tiny):
     head = adapter_of("lora", model, targets="lm_head", exclude=())
     first = run(CFG, [(head, 1.0)], model=model).log.iloc[0]
     kl = []
-    for s in (SAMPLES[n] for n in training.split(len(SAMPLES), CFG)[1]):
+    for s in (SAMPLES[n] for n in settings.split(len(SAMPLES), CFG)[1]):
         ids, n = encode(tok, s["prompt"], s["completion"])
         with head(model, 1.0): y = logits(model, torch.tensor([ids]))[0, n - 1:-1]
         kl.append(kl_rev(y, logits(model, torch.tensor([ids]))[0, n - 1:-1]).mean().item())
@@ -191,12 +196,14 @@ folder, cfg = pathlib.Path({folder!r}), replace(CFG, **{changes!r})
 done = run(cfg, resume=folder / "run.pt")
 """
 TWO = SCRIPT + """
-rank = modlab.learn.loop.processes(torch.device("cpu"))[0]
+rank = modlab.learn.batch.processes(torch.device("cpu"))[0]
 if rank == 0:
     done.adapter.save(folder / "a.safetensors")
     done.log.to_pickle(folder / "log")
 try: run(cfg, resume=folder / ("run.pt" if rank == 0 else "elsewhere.pt"))
 except OSError as e: (folder / f"refused{{rank}}").write_text(str(e))
+try: run(cfg, resume=folder / "nowhere" / "run.pt" if rank == 0 else folder / "run.pt")
+except OSError as e: (folder / f"missing{{rank}}").write_text(str(e))
 torch.distributed.destroy_process_group()
 """
 
@@ -221,7 +228,9 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
     assert log[numeric].notna().equals(one.log[numeric].notna()) and (log[numeric] - one.log[numeric]).abs().max().max() < 2e-3
     with pytest.raises(ValueError, match="processes is 2 there and 1 here"):
         run(replace(CFG, batch_size=1, **cfg), resume=tmp_path / "run.pt")
-    for rank in (0, 1): assert "not all processes find the same file" in (tmp_path / f"refused{rank}").read_text()
+    for rank in (0, 1):
+        assert "not all processes find the same file" in (tmp_path / f"refused{rank}").read_text()
+        assert "nowhere does not exist" in (tmp_path / f"missing{rank}").read_text(), "what the first cannot write, all are told"
 
 
 def test_killed_and_resumed_is_bit_identical(tmp_path):
@@ -279,8 +288,8 @@ def test_the_file_of_another_run_is_refused(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_with_the_last_good_state(monkeypatch, tiny, tmp_path):
-    call, before, training_idx = Losses.__call__, state(tiny[0]), training.split(len(SAMPLES), CFG)[0]
-    bad = training.epoch_order(training_idx, CFG, 1)[5]  # in the third step of the second epoch
+    call, before, training_idx = Losses.__call__, state(tiny[0]), settings.split(len(SAMPLES), CFG)[0]
+    bad = settings.epoch_order(training_idx, CFG, 1)[5]  # in the third step of the second epoch
     def spoilt(self, indices):
         found = call(self, indices)
         again = torch.is_grad_enabled() and spoilt.seen.count(bad) == 1
@@ -298,7 +307,7 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_state(monkeypatch, ti
 
 
 def test_a_held_out_loss_that_is_no_number_is_named(monkeypatch, tiny):
-    call, held_out, before = Losses.__call__, training.split(len(SAMPLES), replace(CFG, val_frac=0.5))[1], state(tiny[0])
+    call, held_out, before = Losses.__call__, settings.split(len(SAMPLES), replace(CFG, val_frac=0.5))[1], state(tiny[0])
     def spoilt(self, indices): return {k: v * torch.tensor([math.nan if n == held_out[2] else 1 for n in indices])
                                        for k, v in call(self, indices).items()}
     monkeypatch.setattr(Losses, "__call__", spoilt)
@@ -313,7 +322,7 @@ def test_numbers_from_numpy_and_lists_can_be_resumed(tmp_path):
     loose = dict(epochs=1, lr=np.float64(1e-2), lam=np.float64(2), betas=tuple(np.array([0.9, 0.95])),
                  layer_range=tuple(np.array([0.0, 1.0])), targets=["q_proj"])
     first = run(replace(CFG, **loose), resume=tmp_path / "run.pt")
-    for settings in (loose, exact): assert run(replace(CFG, **settings), resume=tmp_path / "run.pt").log.equals(first.log)
+    for given in (loose, exact): assert run(replace(CFG, **given), resume=tmp_path / "run.pt").log.equals(first.log)
     assert same(numbers(first.adapter), numbers(run(replace(CFG, **exact)).adapter))
 
 
@@ -353,7 +362,7 @@ def test_the_bar_says_what_the_barrier_costs():
 def test_bad_samples_are_named_before_anything_is_built(tiny, sample, match):
     model, tok = tiny
     tok.chat_template, before, rng = None, state(model), torch.get_rng_state()
-    with pytest.raises(ValueError, match=match): heal(model, tok, [*SAMPLES, sample], (), replace(CFG, max_len=64))
+    with pytest.raises(ValueError, match=match): heal(model, tok, [*SAMPLES, sample], replace(CFG, max_len=64))
     with pytest.raises(ValueError, match="12 samples are fewer than min_train=13"): run(replace(CFG, min_train=13), model=model)
     pairs = [dict(prompt="Q", cho="a", rej="b")] * 20
     with pytest.raises(ValueError, match="sample 0 is a pair"): run(samples=pairs, model=model)
@@ -373,7 +382,7 @@ def test_dropout_is_off_and_the_mode_is_kept(tiny_tok):
     model.resize_token_embeddings(len(tiny_tok), mean_resizing=False)
     model.transformer.h[1].eval()
     modes, rng = {n: m.training for n, m in model.named_modules()}, torch.get_rng_state()
-    done = heal(model, tiny_tok, SAMPLES, (), replace(CFG, max_len=64, layer_range=(0.0, 1.0)))
+    done = heal(model, tiny_tok, SAMPLES, replace(CFG, max_len=64, layer_range=(0.0, 1.0)))
     assert done.log.kl.iloc[0] < 1e-6 and modes == {n: m.training for n, m in model.named_modules()}
     assert torch.equal(torch.get_rng_state(), rng) and {True, False} == set(modes.values())
 
@@ -381,6 +390,6 @@ def test_dropout_is_off_and_the_mode_is_kept(tiny_tok):
 def test_other_dtypes_and_no_pad_token(tiny):
     model, tok = tiny
     tok.pad_token = None
-    with torch.no_grad(): done = heal(model.to(torch.bfloat16), tok, SAMPLES, (), replace(CFG, epochs=4, batch_size=3))
+    with torch.no_grad(): done = heal(model.to(torch.bfloat16), tok, SAMPLES, replace(CFG, epochs=4, batch_size=3))
     assert rows(done, "train").nll.iloc[-1] < rows(done, "train").nll.iloc[0] and done.log.kl.iloc[0] < 0.01
     assert all(p.dtype == torch.float32 for p in done.adapter.parameters()) and all(B.any() for B in done.adapter.B.values())
