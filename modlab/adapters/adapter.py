@@ -29,7 +29,7 @@ from .hooks import Adder, Coeff, Hooks, LowRankAdder, Parts, check_model, gain_a
 from ..maths.lowrank import LowRank
 from ..model.format import Tables, write_file
 from ..model.layers import guard_4bit, layer_shape
-from ..model.ledger import fingerprint, giving_back
+from ..model.ledger import check_unchanged, fingerprint, giving_back
 from ..model.targets import LoRAConfig, role_of
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #2c72bca1
@@ -38,12 +38,13 @@ NONE = MappingProxyType({}) # the header of what comes from no file
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #0931644c
 def check_entry(adapter:"Adapter", model:nn.Module) -> None:
-    "`RuntimeError` if the adapter is attached or part of a history in force, `ValueError` for another model."
+    "`RuntimeError`: attached already, part of a history, or a weight was overwritten; `ValueError`: another model."
     if adapter.attached: raise RuntimeError("the adapter is attached already; leave its with block first, or use set_coeff; "
                                             "where explore shows it, close() that")
     if adapter.bakes: raise RuntimeError("the adapter is part of a history in force and would count twice; remove() that first, "
                                          "or leave its baked block")
     check_model(adapter, model)
+    for name, layer in adapter.layers.items(): check_unchanged(name, layer)
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #75c9a99d
 class _Block:
@@ -54,8 +55,11 @@ class _Block:
     def __enter__(self) -> "Adapter":
         self.used = True
         check_entry(self.adapter, self.model)
-        self.leave = self.adapter.hooks.attach(self.model, self.c)
-        return self.adapter
+        a = self.adapter
+        with a.hooks.attach(self.model, self.c) as leave:
+            if a.extracted: leave.enter_context(giving_back(a.layers, a.id))
+            self.leave = leave.pop_all()
+        return a
 
     def __exit__(self, *exc) -> None: self.leave.close()
     def __del__(self) -> None:
@@ -121,6 +125,7 @@ class Adapter:
 
     def save(self, path:str|Path, extra_meta:Mapping[str, object]|None=None) -> None:
         "Write one safetensors file, atomically, or into a folder; `extra_meta` (JSON values) comes back with `read_metadata`."
+        for name, layer in self.layers.items(): check_unchanged(name, layer)
         header = dict(kind=self.kind, fingerprint=self.base, **config_meta(self.cfg)) | self.meta()
         write_file(path, {table: getattr(self, table) for table in self.tables}, header, extra_meta or {})
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..maths.lowrank import LowRank
 from ..model.calls import ADDERS, NOTES, SPANS, guard, here_only, put, take
 from ..model.layers import is_linear
+from ..model.ledger import Whole
 from ..model.rows import Rows, check_rows, text_models
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #11f23718
@@ -127,7 +128,8 @@ def _places(model:nn.Module, layers:Mapping[str, nn.Module], rows:Rows) -> list[
     "Where notes and spans go."
     ids = set(map(id, layers.values()))
     blocks = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-    return [(m, NOTES, rows) for m in text_models(model)] + [(m, SPANS, _Span(m, ids)) for m in blocks]
+    notes = [(m, NOTES, note) for m in text_models(model) for note in (rows, Whole(model))]
+    return notes + [(m, SPANS, _Span(m, ids)) for m in blocks]
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #738f4ac9
 class Hooks:
@@ -157,8 +159,7 @@ class Hooks:
         if (device, dtype) not in self._cells: self._cells[device, dtype] = Cell(Dose(self._c, device, dtype))
         return self._cells[device, dtype]
 
-    def refresh(self) -> None:
-        "Read all tensors again, after tables were replaced while attached."
+    def refresh(self) -> None: # after tables were replaced while attached
         for adder in self._adders: adder.bind()
 
     def attach(self, model:nn.Module, c:float|Tensor=0.0) -> ExitStack: # closing it detaches

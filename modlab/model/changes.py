@@ -173,8 +173,8 @@ def fold_for_good(layers:Mapping[str, nn.Module], maps:Callable[[str], LowRank],
 
 # %% ../../nbs/2_model/07_changes.ipynb #215428c8
 def _check_restorable(name:str, layer:nn.Module, force:bool) -> None:
-    if any(e.held for e in ledger_of(layer).entries):
-        raise RuntimeError(f"a history in force holds {name}; remove() it, or leave the baked block, first")
+    if any(e.held or e.attached for e in ledger_of(layer).entries):
+        raise RuntimeError(f"an attached adapter or a history in force holds {name}; leave its block, or remove() it, first")
     if not force: check_unchanged(name, layer)
     elif why := why_fixed(layer) or ("" if all(e.before is not None for e in ledger_of(layer).entries) else "kept no base"):
         raise RuntimeError(f"{name} {why}, so there is nothing to put back: load the model anew")
@@ -183,7 +183,7 @@ def restore(model:nn.Module, # or whatever wraps it
             force:bool=False, # drop what somebody else wrote into the weights meanwhile
            ) -> None:
     """Undo all extractions, newest first: bit for bit where the base was kept, else the round trip `W_res + U S Vh`. Adapters go
-    on unextracted. `RuntimeError`: a history is in force, or somebody else wrote into a weight; nothing has changed then."""
+    on unextracted. `RuntimeError`: something is attached or in force, or somebody else wrote into a weight; nothing has changed then."""
     with LOCK:
         layers = {name: m for name, m in model.named_modules() if ledger_of(m).entries}
         for name, layer in layers.items(): _check_restorable(name, layer, force)
