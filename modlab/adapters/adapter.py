@@ -38,7 +38,7 @@ NONE = MappingProxyType({}) # the header of what comes from no file
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #0931644c
 def check_entry(adapter:"Adapter", model:nn.Module) -> None:
-    "`RuntimeError` if the adapter is attached or part of a history in force, `ValueError` for another model."
+    "`RuntimeError`: attached already, part of a history, or a weight was overwritten; `ValueError`: another model."
     if adapter.attached: raise RuntimeError("the adapter is attached already; leave its with block first, or use set_coeff; "
                                             "where explore shows it, close() that")
     if adapter.bakes: raise RuntimeError("the adapter is part of a history in force and would count twice; remove() that first, "
@@ -55,11 +55,11 @@ class _Block:
     def __enter__(self) -> "Adapter":
         self.used = True
         check_entry(self.adapter, self.model)
-        with ExitStack() as leave:
-            leave.enter_context(giving_back(self.adapter.layers, self.adapter.live() or ""))
-            leave.enter_context(self.adapter.hooks.attach(self.model, self.c))
+        a = self.adapter
+        with a.hooks.attach(self.model, self.c) as leave:
+            if a.extracted: leave.enter_context(giving_back(a.layers, a.id))
             self.leave = leave.pop_all()
-        return self.adapter
+        return a
 
     def __exit__(self, *exc) -> None: self.leave.close()
     def __del__(self) -> None:

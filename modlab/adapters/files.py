@@ -187,7 +187,7 @@ def refill(adapter:object, tables:Tables) -> None:
 # %% ../../nbs/3_adapters/01_files.ipynb #858c8f0b
 def check_ranks(adapter:object, ck:Checkpoint) -> None:
     "`ValueError` unless the file's tables have the shapes of the adapter's."
-    for table in [t for t in reversed(adapter.tables) if t not in adapter.optional]:
+    for table in dict.fromkeys(adapter.trains + tuple(t for t in adapter.tables if t not in adapter.optional)):
         for name, t in getattr(adapter, table).items():
             if t.shape == ck.tables[table][name].shape: continue
             raise ValueError(f"{ck.path}: {table} of {name} is {tuple(ck.tables[table][name].shape)} in the file and "

@@ -128,7 +128,8 @@ def _places(model:nn.Module, layers:Mapping[str, nn.Module], rows:Rows) -> list[
     "Where notes and spans go."
     ids = set(map(id, layers.values()))
     blocks = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-    return [(m, NOTES, n) for m in text_models(model) for n in (rows, Whole(model))] + [(m, SPANS, _Span(m, ids)) for m in blocks]
+    notes = [(m, NOTES, note) for m in text_models(model) for note in (rows, Whole(model))]
+    return notes + [(m, SPANS, _Span(m, ids)) for m in blocks]
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #738f4ac9
 class Hooks:
@@ -158,8 +159,7 @@ class Hooks:
         if (device, dtype) not in self._cells: self._cells[device, dtype] = Cell(Dose(self._c, device, dtype))
         return self._cells[device, dtype]
 
-    def refresh(self) -> None:
-        "Read all tensors again, after tables were replaced while attached."
+    def refresh(self) -> None: # after tables were replaced while attached
         for adder in self._adders: adder.bind()
 
     def attach(self, model:nn.Module, c:float|Tensor=0.0) -> ExitStack: # closing it detaches

@@ -54,14 +54,11 @@ def _bare(state:object) -> object:
     "The state of a module without what modlab keeps in it."
     return {k: v for k, v in state.items() if k not in SLOTS} if isinstance(state, dict) else state
 
-def _new(cls:type, *args) -> object: return cls.__new__(cls, *args) # pickle asks that `copyreg.__newobj__` gets the object's own class
-
 def _reduce_of(plain:type) -> Callable:
     def __reduce_ex__(self, protocol):
         made = plain.__reduce_ex__(self, protocol)
         if isinstance(made, str): return made
         function, args, *rest = made
-        if function is copyreg.__newobj__: function = _new
         args = tuple(plain if a is type(self) else a for a in args)
         if function is copyreg.__newobj__: # pickle insists on the object's own class there
             function, args = copyreg._reconstructor, (plain, object, None)
