@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [dict(prompt=f"question {n}", cho="abcdefgh"[: 2 + n % 5] * 3, rej="xyz" * (1 + n % 3)) for n in range(4)]
 SAMPLES = [dict(prompt=f"q{n}", completion="abc" * (n + 1)) for n in range(4)]
 KINDS = ["lora", "pissa-unextracted", "pissa-extracted"]
+EVERY_KIND = [*KINDS, "old-file"]  # what a page must work with
 
 
 def never() -> bool: return False
@@ -35,18 +36,36 @@ def hooks(model) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
+def any_adapter(kind, model, path):
+    "An adapter of any kind, also one from a file of the earlier implementation, which has no chosen_idx."
+    if kind != "old-file": return adapter_of(kind, model)
+    pissa_file(path, model)
+    return ModulatedPiSSA.from_checkpoint(model, path)
+
+
+def widgets_in(part) -> list:
+    "A widget and all that stand within it."
+    return [part, *(w for child in getattr(part, "children", ()) for w in widgets_in(child))]
+
+
+def visible(part, wanted) -> bool:
+    "Is a widget on the page, with nothing around it hidden?"
+    if part.layout.display == "none": return False
+    return part is wanted or any(visible(child, wanted) for child in getattr(part, "children", ()))
+
+
 def plain(text: str) -> str:
     return html.unescape(re.sub("<[^>]*>", "", text))
 
 
 @pytest.fixture
-def opened():
+def opened(tmp_path):
     "Makes explorers, and closes them whatever happens."
     made = []
     def make(kind="pissa-unextracted", records=PAIRS, **kw):
         model, tok = tiny_model()
         options = dict(cs=[-1, 1], max_new_tokens=6, min_new_tokens=6, widgets=True) | kw
-        made.append(explore(model, tok, adapter_of(kind, model), records, **options))
+        made.append(explore(model, tok, any_adapter(kind, model, tmp_path / "old.safetensors"), records, **options))
         return made[-1]
     yield make
     for e in made: e.close()
@@ -208,6 +227,24 @@ def test_moving_the_slider(opened, kind):
     assert e.ui.doses.value != doses and bytes(e.ui.doses.value[:4]) == b"\x89PNG"
     assert "measured" in e.ui.reading.value and e.ui.status.value == "" and e.error is None
     assert not e.adapter.attached and not hooks(e.model)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_everything_is_on_the_page_whatever_the_adapter(opened, kind):
+    e = opened(kind)
+    settled(e)
+    hidden = {name for name, w in vars(e.ui).items() if name != "scores" and not visible(e.box, w)}
+    assert hidden == (set() if kind.startswith("pissa") else {"layer", "spectrum"})
+    assert all(visible(e.box, w) == kind.startswith("pissa") for w in e.ui.scores)
+    assert e.texts[0] and e.error is None and e.ui.doses.value
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_no_two_widgets_share_a_layout_or_a_style(opened, kind):
+    parts = widgets_in(opened(kind).box)
+    for trait in ("layout", "style", "children"):
+        values = [id(value) for w in parts if (value := getattr(w, trait, None))]
+        assert len(values) > 5 and len(values) == len(set(values)), f"one {trait} in two widgets"
 
 
 def test_dragging_ends_at_the_last_place(opened):

@@ -98,17 +98,17 @@ def controls(x:Study) -> SimpleNamespace: # widgets by name
     "Every control, with its first value."
     import ipywidgets as w
     low, high, last = min(x.cs), max(x.cs), x.turns[-1]["content"]
-    wide = w.Layout(width="auto", flex="1 1 auto")
+    def wide(): return w.Layout(width="auto", flex="1 1 auto") # one for each: a layout that is shared is hidden for all
     return SimpleNamespace(
-        c=w.FloatSlider(x.c, min=low, max=high, step=(high - low) / 80, description="dose c", readout_format="+.2f", layout=wide),
+        c=w.FloatSlider(x.c, min=low, max=high, step=(high - low) / 80, description="dose c", readout_format="+.2f", layout=wide()),
         to=button("to calibrated", "move the slider to the calibrated dose", icon="crosshairs", disabled=x.calibrated is None),
-        prompt=w.Textarea(last if isinstance(last, str) else "", rows=2, continuous_update=False, layout=wide),
+        prompt=w.Textarea(last if isinstance(last, str) else "", rows=2, continuous_update=False, layout=wide()),
         chat=box("as a chat message", not isinstance(x.records[0]["prompt"], str)),
         go=button("Generate", "write both anew", icon="play", button_style="primary"),
         stop=button("Stop", "stop writing", icon="stop"), quit=button("Close", "end all work, free the model", icon="times"),
         budget=w.BoundedFloatText(0.1, min=1e-6, max=1e3, step=0.05, description="p95 KL of", layout=w.Layout(width="170px")),
         fit=button("Calibrate", "find the dose on this side of 0 that meets this KL", icon="balance-scale"),
-        layer=w.Dropdown(options=list(x.adapter.layers), layout=wide), scores=[box(mode) for mode in SCORES],
+        layer=w.Dropdown(options=list(x.adapter.layers), layout=wide()), scores=[box(mode) for mode in SCORES],
         doses=w.Image(format="png"), spectrum=w.Image(format="png"), reading=w.HTML(), text=w.HTML(), note=w.HTML(),
         busy=w.HTML(), status=w.HTML())
 
