@@ -29,7 +29,7 @@ from ..model.loading import load_pairs
 from ..maths.scores import SCORES
 from .study import (NOW, Stale, Study, breaking_off, draw_doses, draw_spectrum, has_spectrum, measure, nearest, no_spectrum,
                           spectra, static, write_beside)
-from ..measure.dose import Calibration, calibrate_c
+from ..measure.calibrate import Calibration, calibrate_c
 
 # %% ../../nbs/7_show/02_explore.ipynb #7b98fa68
 class Latest:

@@ -28,7 +28,8 @@ from ..adapters.pissa import base_of, projections, spectrum_table
 from .plots import SIGN_COLOURS, plot_kl_vs_c, plot_selection
 from ..maths.scores import SCORES, choose, same_spectrum, selection_scores
 from ..maths.svd import thin_svd
-from ..measure.dose import Calibration, check_doses, kl_curve
+from ..measure.calibrate import Calibration
+from ..measure.dose import check_doses, kl_curve
 from ..model.text import Prompt, batches, encode_records, prompt_ids, sides_of
 from ..model.layers import device_of, rounds, without
 
