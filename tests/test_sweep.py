@@ -216,7 +216,8 @@ def test_a_dose_that_destroys_the_model_is_beyond_every_budget():
     assert abs(value - 0.25) <= 0.0025 and abs(c - 0.5) < 0.01 and not why
 
 
-CURVES = dict(square=lambda c: c * c, destroyed=lambda c: c * c if c < 3 else math.inf, saturating=lambda c: 5 * math.tanh(c * c / 5),
+CURVES = dict(square=lambda c: c * c, destroyed=lambda c: c * c if c < 3 else math.inf,
+              saturating=lambda c: 5 * math.tanh(c * c / 5),
               flat_again=lambda c: c * c if c < 2 else 4 / (1 + math.log(c / 2)))
 
 
@@ -233,7 +234,8 @@ def test_a_crossing_is_found_in_a_bracket_of_any_width(curve, lo, hi, target):
     assert abs(f(c) - target) <= 0.02 * target and value == CURVES[curve](c) and not why and len(asked) < 25
 
 
-@pytest.mark.parametrize("f, why", [(lambda c: 0.0, "less still at its upper end (0)"), (lambda c: 1 + c, "more already at its lower end (1)"),
+@pytest.mark.parametrize("f, why", [(lambda c: 0.0, "less still at its upper end (0)"),
+                                    (lambda c: 1 + c, "more already at its lower end (1)"),
                                     (lambda c: c * c / 100, "less still at its upper end (0.16)"),
                                     (lambda c: 9.0 if c > 1 else 0.0, "not found between 1 (0) and 1 (9)")])
 def test_what_was_not_found_is_said_as_it_is(f, why):

@@ -49,8 +49,9 @@ class Calibration:
         budget = f"a {self.stat} KL of {self.target_kl:g} nats"
         cost = f"{self.forwards} forwards, {self.n_tokens[0]} and {self.n_tokens[1]} tokens"
         if not self.reached: return f"Calibration: no dose found for {budget}: {self.why or 'no reason given'}; {cost}"
-        return (f"Calibration: c = {self.c:+.3f} for {budget} has {self.kl:.3g}, and {self.kl_held_out:.3g} on unseen text (95 %: "
-                f"{self.interval[0]:.3g} to {self.interval[1]:.3g}); {cost}")
+        low, high = self.interval
+        return (f"Calibration: c = {self.c:+.3f} for {budget} has {self.kl:.3g}, and {self.kl_held_out:.3g} on unseen text "
+                f"(95 %: {low:.3g} to {high:.3g}); {cost}")
 
     def _repr_html_(self) -> str:
         head = f"c = {self.c:+.3f}" if self.reached else "not reached"

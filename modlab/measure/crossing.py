@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 # %% ../../nbs/5_measure/01_crossing.ipynb #5271383f
 class Crossing(NamedTuple):
-    "What `crossing` found: `c` is NaN where it found nothing, `value` is then the last one, and `why` says in words what happened."
+    "A point of `f`. Where `crossing` found none, `c` is NaN, `value` the last one it saw, and `why` says what happened."
     c: float
     value: float
     why: str = ""
 
 _STEPS = 60 # evaluations between the ends, at most
 
-def _factors() -> Iterator[float]: return (2.0 ** 2**k for k in range(10)) # 2, 4, 16, 256 …: their product is near the largest float
+def _factors() -> Iterator[float]: # 2, 4, 16, 256 …: their product is near the largest float
+    return (2.0 ** 2**k for k in range(10))
 
 def _rise(f:Callable[[float], float], target:float, a:Crossing, hi:float) -> tuple[Crossing, Crossing]:
     "Two points, the last below the target and the first above it, from 1 upwards; the second is at `hi` if none is above."
