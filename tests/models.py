@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from modlab import ModulatedLoRA, ModulatedPiSSA
+from modlab.model.calls import SLOTS, is_swapped
 from modlab.model.loading import tiny_model
 
 IDS = dict(vocab_size=96, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -111,10 +112,12 @@ def gap(a, b):
 
 
 def hooks(model):
-    "What is registered where."
+    "What is registered where: hooks of torch, and what modlab adds to a module's call, for which it swaps the module's class."
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs",
              "_forward_pre_hooks_with_kwargs")
-    return {(n, k): len(getattr(m, k)) for n, m in model.named_modules() for k in kinds if getattr(m, k, None)}
+    found = {(n, k): len(getattr(m, k)) for n, m in model.named_modules() for k in kinds if getattr(m, k, None)}
+    slots = {(n, k): len(v) for n, m in model.named_modules() for k, v in vars(m).items() if k in SLOTS}
+    return found | slots | {(n, "class"): type(m) for n, m in model.named_modules() if is_swapped(m)}
 
 
 def state(model):

@@ -5,7 +5,8 @@ import torch
 from models import ARCHS, KINDS, adapter_of, build, changes, gap, half, logits, state, tokens
 from safetensors.torch import load_file, save_file
 
-from modlab import checkpoint, load_adapter, read_metadata
+from modlab import load_adapter, read_metadata
+from modlab.adapters import files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -151,12 +152,12 @@ def test_a_write_that_is_killed_leaves_the_old_file(tmp_path, kind, monkeypatch)
     path = tmp_path / "a.safetensors"
     a = adapter_of(kind, build())
     a.save(path)
-    old, real = path.read_bytes(), checkpoint.save_file
+    old, real = path.read_bytes(), files.save_file
     def half(flat, filename, metadata=None):
         real(flat, filename, metadata=metadata)
         with open(filename, "r+b") as f: f.truncate(1000)
         raise KeyboardInterrupt
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(files, "save_file", half)
     with pytest.raises(KeyboardInterrupt): a.save(path)
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
     with pytest.raises(KeyboardInterrupt): a.save(tmp_path / "new")

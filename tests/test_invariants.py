@@ -3,7 +3,8 @@ import pytest
 import torch
 from models import ARCHS, DTYPES, KINDS, MORE, build, changes, gap, half, hooks, logits, seeded, state, tokens
 
-from modlab import ModulatedLoRA
+from modlab import ModulatedLoRA, adapters
+from modlab.model.calls import put
 from modlab.model.layers import dense_weight
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*fused expert")]
@@ -139,8 +140,10 @@ def test_leaving_restores_everything(arch, dtype, kind):
 def test_an_exception_while_attaching_leaves_no_hook(kind, monkeypatch):
     model = build()
     a, before = half(kind, model), state(model)
-    def fail(*args, **kw): raise MemoryError("no hook for you")
-    monkeypatch.setattr(list(a.layers.values())[5], "register_forward_hook", fail, raising=True)
+    def fail(module, slot, item):
+        if module is list(a.layers.values())[5]: raise MemoryError("no hook for you")
+        put(module, slot, item)
+    monkeypatch.setattr(adapters.hooks, "put", fail)
     with pytest.raises(MemoryError), a(model): pass
     assert not changes(before, model) and not a.attached and a.c == 0
     monkeypatch.undo()

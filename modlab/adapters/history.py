@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Coeff, Hooked, as_coeff, check_model, gain_at
+from .adapter import Adapter
+from .hooks import Coeff, Hooks, LowRankAdder, as_coeff, check_model
 from ..maths.lowrank import LowRank, fold, stack
 from ..model.targets import block_of, block_stacks, role_of, weight_dtype
 from ..model.layers import dense_weight, folds, rounds, shared_weights, swap_weight, why_fixed
@@ -67,18 +68,19 @@ def as_gate(value:object) -> Coeff: # 1.0 or 0.0, or a tensor (b,) of them
     raise ValueError(f"a gate must return a bool, or a tensor (b,) of bools with one a row; got {value!r}")
 
 # %% ../../nbs/3_adapters/06_history.ipynb #396c0029
-class Stacked(Hooked):
+class Stacked:
     "Maps on layers, behind a gate, from construction until `remove()`."
     def __init__(self, model:nn.Module, layers:dict[str, nn.Module], maps:dict[str, LowRank]):
         self.layers, self.maps, self.gate = layers, maps, lambda: True
-        self._leave = self._attach(model)
+        self.hooks = Hooks(layers, self.adder, gate=lambda: as_gate(self.gate()))
+        self._leave = self.hooks.attach(model)
 
     @property
-    def c(self) -> Coeff: return as_gate(self.gate())
+    def attached(self) -> bool: return self.hooks.attached
 
-    def factors(self, name:str, c:Coeff) -> LowRank:
+    def adder(self, name:str, layer:nn.Module, hooks:Hooks) -> LowRankAdder:
         m = self.maps[name]
-        return LowRank(m.down, gain_at(c, m.gain), m.up)
+        return LowRankAdder(name, layer, hooks, lambda: (m.down, m.gain, None, m.up))
 
     def remove(self) -> None: self._leave.close()
     def __enter__(self): return self
@@ -209,7 +211,7 @@ def bake_report(model:nn.Module, history:History) -> pd.DataFrame:
 # %% ../../nbs/3_adapters/06_history.ipynb #997448b0
 def check_bakeable(model:nn.Module, total:Mapping[Adapter, float], layers:Mapping[str, nn.Module]) -> None:
     "`ValueError` or `RuntimeError` naming the layer that cannot be folded for good, and the way out."
-    known = {a._live() for a in total}
+    known = {a.live() for a in total}
     for name, layer in layers.items():
         if why := why_fixed(layer):
             raise ValueError(f"{name} ({type(layer).__name__}) {why} and cannot take a map in; use baked or HistoryBake, or load "
@@ -229,4 +231,4 @@ def bake_(model:nn.Module, history:History) -> None:
     check_bakeable(model, total, layers)
     fold_all(total, layers).pop_all()  # the way back is dropped
     for layer in layers.values(): folds(layer).clear(), rounds(layer).clear()
-    for a in total: a._folded_in()
+    for a in total: a.folded_in()

@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .adapter import Adapter
-from .files import Checkpoint
+from .adapter import LowRankAdapter
 from ..model.targets import LoRAConfig, find_targets
 from ..model.layers import layer_shape
 
@@ -24,7 +23,7 @@ def kaiming(r:int, i:int, generator:torch.Generator|None) -> Float[Tensor, "{r} 
     return nn.init.kaiming_uniform_(torch.empty(r, i), a=sqrt(5), generator=generator)
 
 # %% ../../nbs/3_adapters/03_lora.ipynb #d29d52fb
-class ModulatedLoRA(Adapter):
+class ModulatedLoRA(LowRankAdapter):
     "LoRA dosed by `c`: `y = W x + c · alpha/r · B A x` (Hu et al. 2021, eq. 3); a fresh one is the base at every `c`."
     kind, tables, trains, down, up = "lora", ("A", "B"), ("A", "B"), "A", "B"
     scale: dict[str, float] # of each layer: alpha / r, unless it came from elsewhere with one of its own
@@ -41,15 +40,12 @@ class ModulatedLoRA(Adapter):
         layers = find_targets(model, cfg)
         shapes = {name: layer_shape(layer) for name, layer in layers.items()}
         A = {name: kaiming(r, i, generator) for name, (o, i) in shapes.items()}
-        self._build(model, cfg, layers, {"A": A, "B": {name: torch.zeros(o, r) for name, (o, i) in shapes.items()}}, {})
+        self.setup(model, cfg, layers, {"A": A, "B": {name: torch.zeros(o, r) for name, (o, i) in shapes.items()}})
 
     def slope(self, name:str) -> Float[Tensor, "r"]: return self.A[name].new_full((len(self.A[name]),), self.scale[name])
-    def _meta(self) -> dict: return dict(scale=self.scale)
+    def meta(self) -> dict: return super().meta() | dict(scale=self.scale)
 
-    def _settle(self, meta:Mapping) -> None:
+    def settle(self, meta:Mapping) -> None:
+        super().settle(meta)
         own = meta.get("scale", {})
         self.scale = {name: own.get(name, self.cfg.alpha / len(A)) for name, A in self.A.items()}
-
-    def _take_over(self, ck:Checkpoint, cfg:LoRAConfig) -> None:
-        super()._take_over(ck, cfg)
-        self._settle(ck.meta)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import LowRankAdapter
 from ..learn.activations import check_after, directions
 from .files import Checkpoint, few, refuse
 from ..maths.lowrank import LowRank
@@ -157,22 +157,22 @@ class Extracting:
     def has_offset(self) -> bool: return self.extracted
     def held(self, name:str) -> LowRank: return LowRank(self.Vh[name], self.S[name], self.U[name]) # its directions in the base
     def offset(self, name:str) -> Float[Tensor, "r"]|None: return self.S[name] if self.extracted else None
-    def _meta(self) -> dict: return dict(id=self.id, extract=self.extracted)
+    def meta(self) -> dict: return super().meta() | dict(extract=self.extracted)
+    def new_id(self) -> str: return round_id(self.S, self.layers)
 
-    def _live(self) -> str|None: return self.id if self.extracted else None
-
-    def _settle(self, meta:Mapping) -> None:
-        self.id = meta.get("id") or round_id(self.S, self.layers)
+    def settle(self, meta:Mapping) -> None:
+        super().settle(meta)
         if self.cfg.extract: extract(self)
         self.extracted = self.cfg.extract
 
-    def _folded_in(self) -> None: self.extracted = False
+    def folded_in(self) -> None: self.extracted = False
 
     def restore_base_W(self) -> None:
         "Put the base weight back and go on unextracted. `RuntimeError` if not extracted, or if a later round is still out."
         check_restorable(self)
         for layer in self.layers.values(): put_back(layer, self.id)
         self.extracted = False
+        self.hooks.refresh()
 
 # %% ../../nbs/3_adapters/04_pissa.ipynb #066ddcb5
 def base_of(layer:nn.Module, live:str|None) -> Float[Tensor, "o i"]:
@@ -202,16 +202,15 @@ def check_directions(ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool,
 class Loading:
     "What loading a PiSSA file asks for beyond the common checks."
     @classmethod
-    def _check(cls, model, ck, layers, strict, live=None):
-        super()._check(model, ck, layers, strict, live)
+    def check(cls, model, ck, layers, strict, live=None):
+        super().check(model, ck, layers, strict, live)
         check_lengths(ck, ("S", "delta_s", "chosen_idx"))
         if ck.meta.get("extract", True): check_extractable(model, layers)
         check_directions(ck, layers, strict, live)
 
-    def _take_over(self, ck, cfg) -> None:
+    def take_over(self, ck, cfg) -> None:
         if self.extracted: self.restore_base_W()
-        super()._take_over(ck, cfg)
-        self._settle(ck.meta)
+        super().take_over(ck, cfg)
 
     def load(self, path, strict:bool=True) -> None:
         "As `Adapter.load`. An extracted adapter gives its own directions back first, for which its base must have been kept."
@@ -257,7 +256,7 @@ def selection_line(adapter:"ModulatedPiSSA") -> str:
             f"mean over {table.tail_depth.count()} layers), spectral energy kept {table.energy.mean():.1%}")
 
 # %% ../../nbs/3_adapters/04_pissa.ipynb #783cbbe7
-class ModulatedPiSSA(Extracting, Loading, Adapter):
+class ModulatedPiSSA(Extracting, Loading, LowRankAdapter):
     "Chosen singular directions dosed by `c`: `y = W x + U · c·delta_s · Vh x` (after Meng et al. 2024); only `delta_s` trains."
     kind, config, trains, down, up = "pissa", PiSSAConfig, ("delta_s",), "Vh", "U"
     tables, optional = ("U", "S", "Vh", "delta_s", "chosen_idx", "spectrum"), ("chosen_idx", "spectrum")
@@ -281,7 +280,7 @@ class ModulatedPiSSA(Extracting, Loading, Adapter):
         check_calibration(layers, selection_score, calibration_activations)
         if extract: check_extractable(model, layers)
         tables = decompose(layers, cfg, calibration_activations, after)
-        self._build(model, cfg, layers, tables | {"delta_s": draw(tables["S"], init, generator)}, {})
+        self.setup(model, cfg, layers, tables | {"delta_s": draw(tables["S"], init, generator)})
         logger.info(selection_line(self))
 
     def slope(self, name:str) -> Float[Tensor, "r"]: return self.delta_s[name]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..adapters.adapter import Adapter, layer_input
+from ..adapters.adapter import Adapter
+from ..model.calls import layer_input
 from ..model.loading import evaluating
 from ..maths.scores import ProjectionStats, project
 from ..maths.svd import SVD, thin_svds

@@ -97,7 +97,7 @@ def check_history(model:nn.Module, history:History, cfg:HealConfig) -> None:
     if cfg.barrier_ref == "base" and cfg.reg in KINDS and any(a.has_offset for a in total):
         raise ValueError("barrier_ref='base' needs the pristine model, but a round of this history is extracted: without it the "
                          "weights are W_res; use barrier_ref='prev', or restore_base_W() first")
-    known = {a._live() for a in total}
+    known = {a.live() for a in total}
     for name, layer in linear_layers(model).items():
         if any(r.id not in known for r in rounds(layer)):
             raise RuntimeError(f"a round is extracted from {name} and not in the history: its weight alone is not the base's; "

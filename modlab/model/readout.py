@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..adapters.adapter import Hooked
 from .targets import output_head
 from .text import Batch
 from .layers import device_of
@@ -44,7 +43,7 @@ class Readout:
     "The model's logits at answer positions by way of hidden states, or directly if `direct`."
     def __init__(self, model:nn.Module, # a Hugging Face causal LM
                  probe:Batch, # compared with the model's own logits first
-                 adapters:Iterable[Hooked]=()): # that will be attached
+                 adapters:Iterable=()): # that will be attached
         self.model, self.head, self.device = model, output_head(model), device_of(model.get_input_embeddings())
         self.direct = self.head is None or any(self.head is layer for a in adapters for layer in a.layers.values())
         if self.direct: return

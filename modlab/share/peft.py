@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.adapter import Adapter, as_coeff, gain_at
+from ..adapters.adapter import Adapter
+from ..adapters.hooks import as_coeff, gain_at
 from ..adapters.files import exactly, few
 from ..adapters.lora import ModulatedLoRA
 from ..maths.lowrank import LowRank, stack
@@ -277,5 +278,5 @@ def from_peft(model:nn.Module, # the base that the adapter was trained on; it is
     try: cfg = LoRAConfig(config.r, float(config.lora_alpha), **exactly(layers))
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
     adapter = ModulatedLoRA.__new__(ModulatedLoRA)
-    adapter._build(model, cfg, layers, tables, {"scale": scale})
+    adapter.setup(model, cfg, layers, tables, {"scale": scale})
     return adapter

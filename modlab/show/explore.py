@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..adapters.adapter import Adapter, here_only
+from ..adapters.adapter import Adapter
+from ..adapters.hooks import here_only
 from ..model.loading import load_pairs
 from ..maths.scores import SCORES
 from .study import (NOW, Stale, Study, breaking_off, draw_doses, draw_spectrum, has_spectrum, measure, nearest, no_spectrum,

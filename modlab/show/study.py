@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from ..adapters.adapter import Adapter, check_model, here_only
+from ..adapters.adapter import Adapter
+from ..adapters.hooks import check_model, here_only
 from ..learn.activations import by_layer, stored
 from ..model.loading import evaluating
 from ..adapters.pissa import base_of, projections, spectrum_table
