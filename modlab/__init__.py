@@ -14,7 +14,8 @@ from .share.peft import from_peft, to_peft
 from .adapters.lora import ModulatedLoRA
 from .maths.lowrank import LowRank, fold, stack
 from .model.loading import cache_dir, load_model, load_pairs, tiny_model
-from .adapters.pissa import ModulatedPiSSA, PiSSAConfig, selection_table, spectrum_table
+from .adapters.pissa import ModulatedPiSSA
+from .adapters.selection import PiSSAConfig, selection_table, spectrum_table
 from .show.plots import (
     SCORE_COLOURS, SIGN_COLOURS, STAT_COLOURS, plot_gradient_cosine, plot_kl_vs_c, plot_nll, plot_overlap, plot_selection,
     plot_tail_depth,
@@ -28,4 +29,5 @@ from .measure.dose import kl_curve
 from .model.targets import LoRAConfig, block_of, block_stacks, find_targets, role_of, target_table
 from .model.text import Batch, batches, collate, encode, encode_records, sides_of
 from .learn.loop import NonFiniteLoss
+from .model.changes import restore
 from .model.layers import dense_weight, device_of, is_linear, is_quantised, layer_shape

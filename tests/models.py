@@ -28,6 +28,7 @@ from transformers import (
 
 from modlab import ModulatedLoRA, ModulatedPiSSA
 from modlab.model.calls import SLOTS, is_swapped
+from modlab.model.ledger import extraction_ids
 from modlab.model.loading import tiny_model
 
 IDS = dict(vocab_size=96, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -126,7 +127,7 @@ def state(model):
     return dict(values={n: plain(p) for n, p in model.named_parameters()},
                 storage={n: p.data_ptr() for n, p in model.named_parameters()},
                 trains={n: p.requires_grad for n, p in model.named_parameters()}, hooks=hooks(model),
-                rounds={n: ids for n, m in model.named_modules() if (ids := [r.id for r in getattr(m, "_modlab_rounds", ())])})
+                rounds={n: ids for n, m in model.named_modules() if (ids := extraction_ids(m))})
 
 
 def changes(before, model):

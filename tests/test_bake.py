@@ -1,6 +1,7 @@
 """Histories: the stack is the sum of its adapters, folding changes no bit once it is over, and refusals leave the model alone."""
 import copy
 import gc
+import itertools
 from contextlib import ExitStack
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from modlab import HistoryBake, ModulatedLoRA, PiSSAHistoryBake, bake_, bake_report, baked
 from modlab.model.layers import dense_weight
+from modlab.model.ledger import is_folded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Rounding relative to the largest logit: about 2^-23, 2^-10 and 2^-8 for each of at most 28 layers.
@@ -226,15 +228,25 @@ def test_overflow_is_named_and_undone():
     a, before = adapter_of("lora", model), state(model)
     for make in (lambda: baked(model, [(a, 1e7)]).__enter__(), lambda: bake_(model, [(a, 1e7)])):
         with pytest.raises(ValueError, match=r"layers\.0.*not finite in torch.float16"): make()
-        assert not changes(before, model) and not any(m.__dict__.get("_modlab_folds") for m in model.modules())
+        assert not changes(before, model) and not any(map(is_folded, model.modules()))
     with baked(model, [(a, 1.0)]): pass
 
 
-def test_leaving_in_the_wrong_order_is_told():
-    model = build()
-    one, two = (baked(model, [(adapter_of("lora", model, seed=n), 1.0)]) for n in (1, 2))
-    one.__enter__(), two.__enter__()
-    with pytest.raises(RuntimeError, match="reverse order"): one.__exit__(None, None, None)
+@every_dtype
+def test_blocks_are_left_in_any_order(dtype):
+    model, ids = build(dtype=dtype), tokens()
+    history, wanted = [(adapter_of("lora", model, seed=n), 1.0) for n in range(3)], {}
+    for part in itertools.chain(*(itertools.combinations(range(3), n) for n in (1, 2))):
+        with baked(model, [history[n] for n in part]): wanted[part] = logits(model, ids)
+    before = state(model)
+    for order in itertools.permutations(range(3)):
+        blocks, left = [baked(model, [entry]) for entry in history], {0, 1, 2}
+        for block in blocks: block.__enter__()
+        for n in order:
+            blocks[n].__exit__(None, None, None)
+            left.remove(n)
+            if left: assert gap(logits(model, ids), wanted[tuple(sorted(left))]) < TOLERANCE[dtype]
+        assert not changes(before, model)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])

@@ -20,8 +20,8 @@ from models import adapter_of, changes, hooks, state
 from test_legacy import pissa_file
 
 from modlab import Calibration, ModulatedLoRA, ModulatedPiSSA, Study, explore, kl_curve, load_pairs, spectrum_table, tiny_model
-from modlab.show.beside import Stale, breaking_off, write_beside
-from modlab.show.explore import Latest
+from modlab.show.beside import write_beside
+from modlab.show.latest import Latest, Stale, breaking_off
 from modlab.show.page import beside, failed, no_reading, page, reading, widgets_of
 from modlab.show.study import NO_RECORDS, measure, nearest, no_spectrum, spectra, static
 

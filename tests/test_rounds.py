@@ -1,11 +1,13 @@
 """Rounds: what one adapter took, the next leaves alone; and everything can be put back, newest first."""
+import models
 import pytest
 import torch
-from models import ARCHS, adapter_of, build, changes, gap, logits, seeded, state, tokens
+from models import ARCHS, adapter_of, build, gap, logits, seeded, state, tokens
 
 from modlab import ModulatedPiSSA
-from modlab import weights as weights_module
+from modlab.model import changes
 from modlab.model.layers import dense_weight
+from modlab.model.ledger import ledger_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = ("s_only", "wanda", "act_only", "cho_rej_min_std")
@@ -75,11 +77,11 @@ def test_restored_newest_first_bit_for_bit(arch, base):
         states.append(state(model))
     for wrong in rounds[:2]:
         with pytest.raises(RuntimeError, match="later round"): wrong.restore_base_W()
-        assert not changes(states[-1], model) and wrong.extracted
+        assert not models.changes(states[-1], model) and wrong.extracted
     while rounds:
         rounds.pop().restore_base_W()
         states.pop()
-        assert not changes(states[-1], model)
+        assert not models.changes(states[-1], model)
     assert torch.equal(logits(model, ids), logits(build(arch, base), ids))
 
 
@@ -89,7 +91,7 @@ def test_restored_twice_is_an_error():
     a.restore_base_W()
     before = state(model)
     with pytest.raises(RuntimeError, match="not extracted"): a.restore_base_W()
-    assert not changes(before, model)
+    assert not models.changes(before, model)
 
 
 def test_all_rounds_together_at_c_zero_are_the_base():
@@ -108,7 +110,7 @@ def test_without_the_kept_base_restoring_is_the_round_trip(arch, base):
     expected = {}
     for name, layer in a.layers.items():
         taken = (a.U[name] * a.S[name]) @ a.Vh[name]
-        assert all(r.base is None for r in layer._modlab_rounds)
+        assert all(e.before is None for e in ledger_of(layer).extractions)
         expected[name] = (dense_weight(layer).float() + taken).to(base)
     a.restore_base_W()
     for name, layer in a.layers.items():
@@ -121,17 +123,17 @@ def test_without_the_kept_base_restoring_is_the_round_trip(arch, base):
 
 @pytest.mark.parametrize("keep_base", [True, False])
 @pytest.mark.parametrize("fails_at", [0, 5])
-@pytest.mark.parametrize("fails_in", ["fold", "swap_weight", "Round"])
+@pytest.mark.parametrize("fails_in", ["fold", "swap_weight", "Entry"])
 def test_an_extraction_that_fails_half_way_puts_everything_back(keep_base, fails_at, fails_in, monkeypatch):
-    model, calls, step = build(), [], getattr(weights_module, fails_in)
+    model, calls, step = build(), [], getattr(changes, fails_in)
     before = state(model)
     def fail(*args):
         calls.append(args)
         if len(calls) == fails_at + 1: raise MemoryError("full")
         return step(*args)
-    monkeypatch.setattr(weights_module, fails_in, fail)
+    monkeypatch.setattr(changes, fails_in, fail)
     with pytest.raises(MemoryError): adapter_of("pissa-extracted", model, keep_base=keep_base)
-    if keep_base or not fails_at: assert not changes(before, model)
+    if keep_base or not fails_at: assert not models.changes(before, model)
     assert all(gap(p, before["values"][n]) < 2**-20 for n, p in model.named_parameters())  # the documented round trip
     assert not state(model)["rounds"]
 

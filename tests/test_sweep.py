@@ -47,7 +47,7 @@ def by_hand(model, tok, adapter, c, side="cho"):
 @pytest.mark.parametrize("kind", ["lora", "pissa-unextracted", "pissa-extracted"])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_the_curve_is_what_full_logits_give(kind, batch_size, monkeypatch):
-    monkeypatch.setattr("modlab.measure.dose.CHUNK", 5)  # several chunks a batch
+    monkeypatch.setattr("modlab.measure.dose._CHUNK", 5)  # several chunks a batch
     model, tok = tiny_model()
     a = adapter_of(kind, model)
     before = state(model)

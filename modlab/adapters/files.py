@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..model.targets import LoRAConfig, find_targets, linear_layers
-from ..model.layers import dense_weight, folds, layer_shape, rounds
+from ..maths.fingerprint import same_weight
+from ..model.layers import layer_shape
+from ..model.ledger import extraction_ids, few, fingerprint
 
 # %% ../../nbs/3_adapters/01_files.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
@@ -142,27 +144,6 @@ def read_checkpoint(path:str|Path) -> Checkpoint:
     if meta["format"] == 0: logger.warning("%s: written by the earlier implementation, without a fingerprint of its base", path)
     return Checkpoint(path, meta, tables)
 
-# %% ../../nbs/3_adapters/01_files.ipynb #b983d93b
-def fingerprint(layer:nn.Module, size:int=256) -> dict: # {shape: [o, i], sample: numbers, rounds: ids}
-    "A strided sample of the layer's original weight, and the ids of the extractions in force."
-    before = rounds(layer)
-    if before: return {**before[0].fingerprint, "rounds": [r.id for r in before]}
-    W = folds(layer)[0] if folds(layer) else dense_weight(layer)
-    at = torch.linspace(0, W.numel() - 1, min(size, W.numel()), dtype=torch.float64).long().to(W.device)
-    sample = W[at // W.shape[1], at % W.shape[1]].float().tolist()
-    return dict(shape=list(W.shape), sample=[float(f"{v:.6g}") for v in sample], rounds=[])
-
-def same_weight(a:dict, b:dict) -> bool:
-    "Do two fingerprints speak of one weight, up to the float dtype?"
-    if a["shape"] != b["shape"]: return False
-    x, y = torch.tensor(a["sample"]), torch.tensor(b["sample"])
-    return bool(((x - y).abs() <= 2**-7 * torch.maximum(x.abs(), y.abs()) + 2**-24).all())
-
-# %% ../../nbs/3_adapters/01_files.ipynb #7812cc53
-def few(names:Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
 # %% ../../nbs/3_adapters/01_files.ipynb #18855b65
 def check_names(path:Path, file:Iterable[str], targets:Iterable[str]) -> None:
     "`ValueError` unless the file's layers are the targets; it counts what would be dropped and what would stay empty."
@@ -196,7 +177,7 @@ def check_rounds(path:Path, stored:Mapping[str, dict], layers:Mapping[str, nn.Mo
                 ) -> None:
     "`RuntimeError` unless the extractions in force on each layer are those that went before this file's adapter, in order."
     for name, layer in layers.items():
-        now = [r.id for r in rounds(layer) if r.id != live]
+        now = [r for r in extraction_ids(layer) if r != live]
         then = stored[name]["rounds"] if name in stored else now
         if now == then: continue
         if own in now: raise RuntimeError(f"{path}: already extracted from {name}; an extracted round is loaded once")

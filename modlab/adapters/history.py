@@ -19,7 +19,9 @@ from .adapter import Adapter
 from .hooks import Coeff, Hooks, LowRankAdder, as_coeff, check_model
 from ..maths.lowrank import LowRank, fold, stack
 from ..model.targets import block_of, block_stacks, role_of, weight_dtype
-from ..model.layers import dense_weight, folds, rounds, shared_weights, swap_weight, why_fixed
+from ..model.changes import fold_for_good, folded
+from ..model.layers import dense_weight, shared_weights, why_fixed
+from ..model.ledger import giving_back
 
 # %% ../../nbs/3_adapters/06_history.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
@@ -88,12 +90,15 @@ class Stacked:
 
 # %% ../../nbs/3_adapters/06_history.ipynb #f1bdbc6b
 @contextmanager
-def in_force(adapters:Iterable[Adapter]) -> Iterator[None]:
+def _in_force(adapters:Iterable[Adapter]) -> Iterator[None]:
     adapters = list(adapters)
-    for a in adapters: a.bakes += 1
-    try: yield
-    finally:
-        for a in adapters: a.bakes -= 1
+    with ExitStack() as leave:
+        for a in adapters:
+            leave.enter_context(giving_back(a.layers, a.id, snapshot=True))
+            a.bakes += 1
+        try: yield
+        finally:
+            for a in adapters: a.bakes -= 1
 
 # %% ../../nbs/3_adapters/06_history.ipynb #62d51286
 class HistoryBake(Stacked):
@@ -104,7 +109,7 @@ class HistoryBake(Stacked):
         self._check(total)
         layers = layers_of(total)
         super().__init__(model, layers, {name: stacked(total, name) for name in layers})
-        self._leave.enter_context(in_force(total))
+        self._leave.enter_context(_in_force(total))
         self.adapters = len(total)
         self.table = pd.DataFrame([dict(adapter=type(a).__name__, layers=len(a.layers), c=c) for a, c in total.items()])
         logger.info("%r", self)
@@ -150,27 +155,6 @@ def check_untied(model:nn.Module, layers:Mapping[str, nn.Module]) -> None:
     if tied: raise ValueError(f"{tied[0]} is tied to another module, which would change with it; leave it out of the adapter's "
                               "targets, or use HistoryBake")
 
-def fold_in(layer:nn.Module, name:str, m:LowRank) -> Tensor: # (o, i), now in the layer
-    "Swap the folded weight in and remember the other; `ValueError` if the weight's dtype cannot hold the sum."
-    new = fold(dense_weight(layer), m)
-    if not new.isfinite().all():
-        raise ValueError(f"{name}: the folded weight is not finite in {new.dtype}; use a smaller c, or a dtype of wider range")
-    folds(layer).append(swap_weight(layer, new))
-    return dense_weight(layer)
-
-def fold_out(layer:nn.Module, new:Tensor) -> None:
-    "Hand the layer what it held before `new`; `RuntimeError` if that is not what it holds now."
-    if dense_weight(layer).data_ptr() != new.data_ptr():
-        raise RuntimeError("a weight was replaced inside a baked block; leave such blocks in the reverse order of entering")
-    swap_weight(layer, folds(layer).pop())
-
-# %% ../../nbs/3_adapters/06_history.ipynb #4631c4a5
-def fold_all(total:Mapping[Adapter, float], layers:Mapping[str, nn.Module]) -> ExitStack: # closing it folds out
-    "Fold a history into its layers, one after the other: all or none."
-    with ExitStack() as leave:
-        for name, layer in layers.items(): leave.callback(fold_out, layer, fold_in(layer, name, stacked(total, name)))
-        return leave.pop_all()
-
 # %% ../../nbs/3_adapters/06_history.ipynb #adc3b874
 @contextmanager
 def baked(model:nn.Module, # that every adapter was built on
@@ -183,7 +167,8 @@ def baked(model:nn.Module, # that every adapter was built on
     foldable = {name: layer for name, layer in layers.items() if name not in fixed}
     check_untied(model, foldable)
     hooked = {name: stacked(total, name) for name in fixed}
-    with in_force(total), fold_all(total, foldable), Stacked(model, fixed, hooked): yield model
+    gives = [a.id for a in total if a.has_offset]
+    with _in_force(total), folded(foldable, lambda name: stacked(total, name), gives), Stacked(model, fixed, hooked): yield model
 
 # %% ../../nbs/3_adapters/06_history.ipynb #33d4009f
 def rounding(layer:nn.Module, m:LowRank, still:LowRank) -> dict[str, float]:
@@ -209,26 +194,24 @@ def bake_report(model:nn.Module, history:History) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
 # %% ../../nbs/3_adapters/06_history.ipynb #997448b0
-def check_bakeable(model:nn.Module, total:Mapping[Adapter, float], layers:Mapping[str, nn.Module]) -> None:
-    "`ValueError` or `RuntimeError` naming the layer that cannot be folded for good, and the way out."
-    known = {a.live() for a in total}
+def _check_bakeable(model:nn.Module, total:Mapping[Adapter, float], layers:Mapping[str, nn.Module]) -> None:
+    "`ValueError` naming the layer that cannot be folded for good, and the way out; `RuntimeError` where a history is in force."
     for name, layer in layers.items():
         if why := why_fixed(layer):
             raise ValueError(f"{name} ({type(layer).__name__}) {why} and cannot take a map in; use baked or HistoryBake, or load "
                              "the model in a float dtype on one device")
-        if folds(layer) or any(a.bakes for a in total):
-            raise RuntimeError(f"a history is in force on {name}; remove() it, or leave its baked block, first")
-        if missing := [r.id for r in rounds(layer) if r.id not in known]:
-            raise RuntimeError(f"{name}: round {missing[0]} is extracted from it and not in the history; add it, or "
-                               "restore_base_W() it first")
+    if any(a.bakes for a in total):
+        raise RuntimeError("a history in force holds an adapter of this one; remove() it, or leave its baked block, first")
     check_untied(model, layers)
 
 # %% ../../nbs/3_adapters/06_history.ipynb #101ea9f4
-def bake_(model:nn.Module, history:History) -> None:
-    "Fold a history into the weights for good. `ValueError`, `RuntimeError`: a layer that cannot be; nothing has changed then."
+def bake_(model:nn.Module, # that every adapter was built on
+          history:History, # [(adapter, c), ...]
+          again:bool=False, # may an adapter be folded in that is folded in already?
+         ) -> None:
+    """Fold a history into the weights for good. `ValueError`, `RuntimeError`: a layer that cannot be, a round that is left out, an
+    adapter that is folded in already; nothing has changed then."""
     total = doses(model, history)
     layers = layers_of(total)
-    check_bakeable(model, total, layers)
-    fold_all(total, layers).pop_all()  # the way back is dropped
-    for layer in layers.values(): folds(layer).clear(), rounds(layer).clear()
-    for a in total: a.folded_in()
+    _check_bakeable(model, total, layers)
+    fold_for_good(layers, lambda name: stacked(total, name), [a.id for a in total], again)

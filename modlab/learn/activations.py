@@ -24,7 +24,8 @@ from ..maths.scores import ProjectionStats, project
 from ..maths.svd import SVD, thin_svds
 from ..model.targets import LoRAConfig, find_targets
 from ..model.text import Batch, batches, check_count, sides_of
-from ..model.layers import device_of, guard_4bit, offloading, remaining
+from ..model.layers import device_of, guard_4bit, offloading
+from ..model.ledger import remaining
 
 # %% ../../nbs/4_learn/00_activations.ipynb #dab75aee
 def completion_rows(name:str, x:Tensor, batch:Batch, device:torch.device|str|None=None) -> Float[Tensor, "n i"]:

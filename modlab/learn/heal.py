@@ -27,7 +27,7 @@ from ..model.readout import Readout, answer_ids, answer_rows
 from ..model.targets import LoRAConfig, linear_layers
 from ..model.text import Batch, Encoded, check_count, collate, encode_side, has_answer, sides_of
 from .loop import NonFiniteLoss, Shown, TrainConfig, check_path, digest, first_only, processes, train
-from ..model.layers import rounds
+from ..model.ledger import extraction_ids
 
 # %% ../../nbs/4_learn/03_heal.ipynb #9f742e37
 KINDS = dict(kl_rev=kl_rev, kl_fwd=kl_fwd) # the kinds with a barrier
@@ -99,7 +99,7 @@ def check_history(model:nn.Module, history:History, cfg:HealConfig) -> None:
                          "weights are W_res; use barrier_ref='prev', or restore_base_W() first")
     known = {a.live() for a in total}
     for name, layer in linear_layers(model).items():
-        if any(r.id not in known for r in rounds(layer)):
+        if any(r not in known for r in extraction_ids(layer)):
             raise RuntimeError(f"a round is extracted from {name} and not in the history: its weight alone is not the base's; "
                                "add it to the history, or restore_base_W() first")
 
