@@ -116,7 +116,7 @@ def plot_kl_vs_c(df:pd.DataFrame, # from kl_curve
 def plot_gradient_cosine(df:pd.DataFrame, # layer (block, or "all"), cosine; optionally mode
                          ax:Axes|None=None,
                         ) -> Axes:
-    "Cosine between the gradients of the +c and -c branches against block index, one line per mode. `ValueError`: missing columns."
+    "Cosine of the gradients of the +c and -c branches against block index, one line per mode. `ValueError`: missing columns."
     _need(df, "layer", "cosine")
     ax, modes = ax or plt.gca(), "mode" in df
     for mode, rows in df.groupby("mode", sort=False) if modes else [("", df)]:

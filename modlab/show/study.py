@@ -91,7 +91,7 @@ def draw_spectrum(ax:Axes, table:pd.DataFrame, name:str) -> None: plot_selection
 
 # %% ../../nbs/7_show/03_study.ipynb #2cb09c2b
 NO_RECORDS = ("No curve: it is measured on texts about what this adapter was trained for. Pass records=, a list of pairs "
-              "{prompt, cho, rej} or of samples {prompt, completion}.")
+              "{prompt, cho, rej} or of samples {prompt, completion}")
 
 def _dose_of(calibrated:float|Calibration|None) -> float|None:
     "The dose of a calibration; None where it found none."
