@@ -27,7 +27,8 @@ from .model.readout import Readout, answer_ids, answer_rows
 from .maths.scores import ProjectionStats, SCORES, chance_overlap, choose, overlap, project, selection_scores, tail_depth
 from .show.study import Study
 from .maths.svd import thin_svd
-from .measure.dose import Calibration, calibrate_c, kl_curve
+from .measure.calibrate import Calibration, calibrate_c
+from .measure.dose import kl_curve
 from .model.targets import LoRAConfig, block_of, block_stacks, find_targets, role_of, target_table
 from .model.text import Batch, batches, collate, encode, encode_records, sides_of
 from .learn.loop import NonFiniteLoss

@@ -1,4 +1,5 @@
 """The study and the explorer without a browser: callbacks are called, and what they wrote into the widgets is read."""
+import copy
 import gc
 import html
 import math
@@ -15,24 +16,41 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from models import adapter_of, changes, state
+from models import adapter_of, changes, hooks, state
 from test_legacy import pissa_file
 
 from modlab import Calibration, ModulatedLoRA, ModulatedPiSSA, Study, explore, kl_curve, load_pairs, spectrum_table, tiny_model
-from modlab.show.explore import Latest, beside, page, reading
-from modlab.show.study import Stale, breaking_off, measure, nearest, spectra, static, write_beside
+from modlab.show.beside import write_beside
+from modlab.show.latest import Latest, Stale, breaking_off
+from modlab.show.page import beside, failed, no_reading, page, reading, widgets_of
+from modlab.show.study import NO_RECORDS, measure, nearest, no_spectrum, spectra, static
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [dict(prompt=f"question {n}", cho="abcdefgh"[: 2 + n % 5] * 3, rej="xyz" * (1 + n % 3)) for n in range(4)]
 SAMPLES = [dict(prompt=f"q{n}", completion="abc" * (n + 1)) for n in range(4)]
 KINDS = ["lora", "pissa-unextracted", "pissa-extracted"]
+EVERY_KIND = [*KINDS, "old-file"]  # what a page must work with
 
 
 def never() -> bool: return False
 
 
-def hooks(model) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+def any_adapter(kind, model, path):
+    "An adapter of any kind, also one from a file of the earlier implementation, which has no chosen_idx."
+    if kind != "old-file": return adapter_of(kind, model)
+    pissa_file(path, model)
+    return ModulatedPiSSA.from_checkpoint(model, path)
+
+
+def widgets_in(part) -> list:
+    "A widget and all that stand within it."
+    return [part, *(w for child in getattr(part, "children", ()) for w in widgets_in(child))]
+
+
+def visible(part, wanted) -> bool:
+    "Is a widget on the page, with nothing around it hidden?"
+    if part.layout.display == "none": return False
+    return part is wanted or any(visible(child, wanted) for child in getattr(part, "children", ()))
 
 
 def plain(text: str) -> str:
@@ -40,13 +58,13 @@ def plain(text: str) -> str:
 
 
 @pytest.fixture
-def opened():
+def opened(tmp_path):
     "Makes explorers, and closes them whatever happens."
     made = []
     def make(kind="pissa-unextracted", records=PAIRS, **kw):
         model, tok = tiny_model()
         options = dict(cs=[-1, 1], max_new_tokens=6, min_new_tokens=6, widgets=True) | kw
-        made.append(explore(model, tok, adapter_of(kind, model), records, **options))
+        made.append(explore(model, tok, any_adapter(kind, model, tmp_path / "old.safetensors"), records, **options))
         return made[-1]
     yield make
     for e in made: e.close()
@@ -100,7 +118,7 @@ def test_between_measured_doses_the_curve_is_interpolated():
     assert "measured" in reading(full, 2.0) and "measuring" in reading(full, 3.0) and "measuring" in reading(full[:0], 0.0)
 
 
-def test_a_study_measures_the_dose_of_now_first_and_keeps_what_it_has():
+def test_a_study_measures_the_current_dose_first_and_keeps_what_it_has():
     model, tok = tiny_model()
     x = Study(model, tok, adapter_of("lora", model), PAIRS, [-2, -1, 1, 2], calibrated=0.3)
     assert x.c == 0.3 and x.pending() == [0.3, 0.0, -1.0, 1.0, -2.0, 2.0]
@@ -137,6 +155,13 @@ def test_samples_have_no_pairs_score():
     x, name = Study(model, tok, a, SAMPLES, [1]), next(iter(a.layers))
     assert set(spectra(x, name, ["act_only"], never)["mode"]) == {"held", "act_only"}
     with pytest.raises(ValueError, match="cho"): spectra(x, name, ["cho_rej_min_std"], never)
+
+
+def test_what_breaks_off_is_in_no_copy():
+    model, tok = tiny_model()
+    text = tok("a", return_tensors="pt")
+    with breaking_off(model, lambda: True): twin = copy.deepcopy(model)
+    assert not hooks(twin) and torch.equal(twin(**text).logits, model(**text).logits)
 
 
 def test_breaking_off_takes_its_hook_along():
@@ -208,6 +233,24 @@ def test_moving_the_slider(opened, kind):
     assert e.ui.doses.value != doses and bytes(e.ui.doses.value[:4]) == b"\x89PNG"
     assert "measured" in e.ui.reading.value and e.ui.status.value == "" and e.error is None
     assert not e.adapter.attached and not hooks(e.model)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_everything_is_on_the_page_whatever_the_adapter(opened, kind):
+    e = opened(kind)
+    settled(e)
+    hidden = {name for name, w in vars(e.ui).items() if name != "scores" and not visible(e.box, w)}
+    assert hidden == (set() if kind.startswith("pissa") else {"layer", "spectrum"})
+    assert all(visible(e.box, w) == kind.startswith("pissa") for w in e.ui.scores)
+    assert e.texts[0] and e.error is None and e.ui.doses.value
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_no_two_widgets_share_a_layout_or_a_style(opened, kind):
+    parts = widgets_in(opened(kind).box)
+    for trait in ("layout", "style", "children"):
+        values = [id(value) for w in parts if (value := getattr(w, trait, None))]
+        assert len(values) > 5 and len(values) == len(set(values)), f"one {trait} in two widgets"
 
 
 def test_dragging_ends_at_the_last_place(opened):
@@ -385,6 +428,77 @@ def test_a_second_one_on_the_same_model_closes_the_first(opened):
     settled(second)
     assert second.error is None
     second.close()
+
+
+# ---- without records ----
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_without_records_all_but_the_curve_works(opened, kind):
+    e = opened(kind, records=None)
+    settled(e)
+    text = e.ui.text.value
+    e.ui.c.value = -0.7
+    e.ui.prompt.value = "a question"
+    settled(e)
+    assert e.texts[0] and e.ui.text.value != text and "c = -0.70" in e.ui.text.value and e.error is None
+    assert NO_RECORDS in plain(e.ui.reading.value) and "records=" in NO_RECORDS and not visible(e.box, e.ui.doses)
+    assert all(visible(e.box, w) for w in (e.ui.c, e.ui.prompt, e.ui.text, e.ui.reading, e.ui.go))
+    assert len(e.curve) == 0 and not e.pending() and e.ui.busy.value == "" and NO_RECORDS in repr(e)
+
+
+def test_without_records_nothing_is_calibrated_and_it_is_said_why(opened):
+    e = opened(records=None)
+    assert e.ui.fit.disabled and e.ui.budget.disabled and e.ui.fit.tooltip == NO_RECORDS
+    e.fit().result(60)
+    assert NO_RECORDS in plain(e.ui.status.value) and not e.adapter.attached
+    settled(e)
+    can = {box.description: not box.disabled for box in e.ui.scores}
+    assert can == {mode: mode == "s_only" for mode in can} and len(can) >= 4
+    e.ui.scores[0].value = True
+    e.look().result(60)
+    assert e.ui.note.value == "" and e.error is not None
+    with pytest.raises(ValueError, match="records="): measure(e, never)
+    with pytest.raises(ValueError, match="records="): spectra(e, e.ui.layer.value, ["wanda"], never)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_without_records_and_without_a_page_the_figure_says_what_to_pass(kind, tmp_path):
+    model, tok = tiny_model()
+    x = explore(model, tok, any_adapter(kind, model, tmp_path / "old.safetensors"), cs=[-1, 1])
+    kl, right, nll = x.figure.axes
+    assert "records=" in kl.texts[0].get_text() and not kl.lines and not nll.lines and len(x.curve) == 0
+    assert bool(right.lines) == kind.startswith("pissa") and "records=" in repr(x) and not hooks(model)
+    plt.close(x.figure)
+
+
+def test_nothing_is_measured_that_was_not_given():
+    "The shipped pairs are of one axis, and not the one of every adapter."
+    for name in ("explore", "study", "page"): assert not hasattr(sys.modules[f"modlab.show.{name}"], "load_pairs")
+
+
+# ---- HTML ----
+
+HOSTILE = "<script>alert(1)</script>&amp;"
+
+
+def test_all_html_is_escaped(opened, monkeypatch):
+    e = opened(records=[dict(prompt=HOSTILE, completion=HOSTILE)])
+    monkeypatch.setattr(sys.modules["modlab.show.explore"], "write_beside", lambda *args, **_: args[5]([HOSTILE, HOSTILE]))
+    settled(e)
+    def broken(*args): raise type(HOSTILE, (RuntimeError,), {})(HOSTILE)
+    monkeypatch.setattr(sys.modules["modlab.show.explore"], "spectra", broken)
+    e.look().result(60)
+    e.writer.ask(broken).result(60)
+    texts = [w.value for w in widgets_of(e.ui) if type(w).__name__ == "HTML"]
+    texts += [failed(type(HOSTILE, (ValueError,), {})("")), no_reading(1.0)]
+    assert sum("&lt;script&gt;" in text for text in texts) >= 4 and not [text for text in texts if "<script" in text]
+
+
+def test_a_kind_of_adapter_with_a_strange_name_is_escaped(opened, monkeypatch):
+    e = opened("lora")
+    monkeypatch.setattr(sys.modules["modlab.show.explore"], "no_spectrum", lambda adapter: HOSTILE)
+    e.look().result(60)
+    assert "<script" not in e.ui.note.value and "no spectrum" in no_spectrum(e.adapter)
 
 
 # ---- without a page ----

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 from modlab import (
     AGGREGATES,
+    Calibration,
     ModulatedLoRA,
     aggregate,
     calibrate_c,
@@ -22,7 +23,7 @@ from modlab import (
     tiny_model,
     token_nll,
 )
-from modlab.measure.dose import crossing
+from modlab.measure.crossing import crossing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [dict(prompt=f"question {n}", cho="abcdefgh"[: 2 + n % 5] * 3, rej="xyz" * (1 + n % 3)) for n in range(7)]
@@ -46,7 +47,7 @@ def by_hand(model, tok, adapter, c, side="cho"):
 @pytest.mark.parametrize("kind", ["lora", "pissa-unextracted", "pissa-extracted"])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_the_curve_is_what_full_logits_give(kind, batch_size, monkeypatch):
-    monkeypatch.setattr("modlab.measure.dose.CHUNK", 5)  # several chunks a batch
+    monkeypatch.setattr("modlab.measure.dose._CHUNK", 5)  # several chunks a batch
     model, tok = tiny_model()
     a = adapter_of(kind, model)
     before = state(model)
@@ -158,7 +159,8 @@ def test_a_budget_below_rounding_is_no_crash():
 @pytest.mark.parametrize("quiet", [False, True])
 def test_no_bar_where_none_is_wanted(quiet, monkeypatch):
     said, (model, tok) = [], tiny_model()
-    monkeypatch.setattr("modlab.measure.dose.tqdm", lambda of, disable=False, **kw: said.append(disable) or of)
+    for module in ("dose", "calibrate"):
+        monkeypatch.setattr(f"modlab.measure.{module}.tqdm", lambda of, disable=False, **kw: said.append(disable) or of)
     a = adapter_of("lora", model)
     kl_curve(model, tok, a, PAIRS, [1], progress=not quiet), calibrate_c(model, tok, a, PAIRS, 0.01, progress=not quiet)
     assert len(said) > 4 and set(said) == {quiet}
@@ -210,8 +212,59 @@ def test_out_of_reach_is_said_and_nothing_invented(caplog):
 
 def test_a_dose_that_destroys_the_model_is_beyond_every_budget():
     f = lambda c: math.inf if c > 1 else c * c
-    c, value = crossing(f, 0.25, 0.0, 1000.0, 0.01)
-    assert abs(value - 0.25) <= 0.0025 and abs(c - 0.5) < 0.01
+    c, value, why = crossing(f, 0.25, 0.0, 1000.0, 0.01)
+    assert abs(value - 0.25) <= 0.0025 and abs(c - 0.5) < 0.01 and not why
+
+
+CURVES = dict(square=lambda c: c * c, destroyed=lambda c: c * c if c < 3 else math.inf,
+              saturating=lambda c: 5 * math.tanh(c * c / 5),
+              flat_again=lambda c: c * c if c < 2 else 4 / (1 + math.log(c / 2)))
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("lo, hi", [(0, 4.5), (0, 100), (0, 1e30), (0, 1e100), (1e-9, 1e9), (0.3, 2.2)])
+@pytest.mark.parametrize("target", [0.1, 1.0, 3.5])
+def test_a_crossing_is_found_in_a_bracket_of_any_width(curve, lo, hi, target):
+    asked = []
+    def f(c):
+        assert lo <= c <= hi, "never outside the bracket"
+        asked.append(c)
+        return CURVES[curve](c)
+    c, value, why = crossing(f, target, lo, hi, 0.02)
+    assert abs(f(c) - target) <= 0.02 * target and value == CURVES[curve](c) and not why and len(asked) < 25
+
+
+@pytest.mark.parametrize("f, why", [(lambda c: 0.0, "less still at its upper end (0)"),
+                                    (lambda c: 1 + c, "more already at its lower end (1)"),
+                                    (lambda c: c * c / 100, "less still at its upper end (0.16)"),
+                                    (lambda c: 9.0 if c > 1 else 0.0, "not found between 1 (0) and 1 (9)")])
+def test_what_was_not_found_is_said_as_it_is(f, why):
+    c, _, said = crossing(f, 0.5, 0.0, 4.0, 0.01)
+    assert math.isnan(c) and said == why
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa-unextracted", "pissa-extracted"])
+@pytest.mark.parametrize("high", [1e3, 1e30, 1e300])
+def test_a_bracket_far_too_wide_does_not_hide_the_dose(kind, high, caplog):
+    model, tok = tiny_model()
+    a = adapter_of(kind, model)
+    budget = kl_curve(model, tok, a, SAMPLES[:16], [0.4]).iloc[0].kl_rev_p95
+    cal = calibrate_c(model, tok, a, SAMPLES[:16], budget, bracket=(0, high))
+    assert cal.reached and abs(cal.kl - budget) <= 0.05 * budget and "no dose found" not in caplog.text
+
+
+def test_no_dose_found_is_no_claim_that_there_is_none(caplog):
+    model, tok = tiny_model()
+    cal = calibrate_c(model, tok, ModulatedLoRA(model, r=2), SAMPLES[:8], 0.1, bracket=(0, 1e30))
+    text = repr(cal)
+    assert "no dose found for a p95 KL of 0.1 nats: less still at its upper end (0), after" in text and "no c " not in text
+    assert text in caplog.text and "change it, or the budget" in caplog.text
+
+
+def test_a_calibration_is_escaped():
+    nan = float("nan")
+    bad = Calibration(nan, False, nan, nan, 0, (nan, nan), 1.0, "<b>p95", (1, 1), "<script>")
+    assert "<b>p95" not in bad._repr_html_() and "<script>" not in bad._repr_html_() and "&lt;script&gt;" in bad._repr_html_()
 
 
 @pytest.mark.parametrize("bad, match", [(dict(target_kl=-1.0), "positive"), (dict(target_kl=float("nan")), "positive"),

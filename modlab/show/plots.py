@@ -22,36 +22,36 @@ SCORE_COLOURS = {"s_only": "#0072B2", "wanda": "#E69F00", "act_only": "#009E73",
 SIGN_COLOURS = {+1: "#0072B2", -1: "#D55E00"} # of a dose, and of the answers that it is for: chosen and rejected
 
 # %% ../../nbs/7_show/00_plots.ipynb #e24a9e31
-def need(df:pd.DataFrame, *columns:str) -> None:
+def _need(df:pd.DataFrame, *columns:str) -> None:
     "`ValueError` for an empty table, or naming the columns that a plot needs and the table lacks."
     if not len(df): raise ValueError("the table has no rows")
     if missing := [c for c in columns if c not in df]:
         raise ValueError(f"the table lacks the columns {missing}; it has {list(df.columns)}")
 
-def ink() -> str:
-    "What lines without a colour of their own are drawn in: that of the style's text, so that a dark style shows them."
+def _ink() -> str:
+    "The colour of lines that have none of their own: the colour of the text, so that a dark style shows them."
     return plt.rcParams["text.color"]
 
-def colour(mode:str) -> str: return SCORE_COLOURS.get(mode, ink())
+def _colour(mode:str) -> str: return SCORE_COLOURS.get(mode, _ink())
 
 # %% ../../nbs/7_show/00_plots.ipynb #d9deedb8
-def strip(ax:Axes, picks:pd.Series, mode:str, row:int, rows:int) -> None:
+def _strip(ax:Axes, picks:pd.Series, mode:str, row:int, rows:int) -> None:
     "A row of ticks in the lower part of the axes, labelled on the right."
     low, high = ((rows - row - 1 + edge) / rows * 0.4 for edge in (0.15, 0.85))
-    ax.vlines(picks, low, high, transform=ax.get_xaxis_transform(), colors=colour(mode), linewidth=0.8)
-    ax.annotate(mode, (1.01, (low + high) / 2), xycoords="axes fraction", va="center", fontsize=8, color=colour(mode))
+    ax.vlines(picks, low, high, transform=ax.get_xaxis_transform(), colors=_colour(mode), linewidth=0.8)
+    ax.annotate(mode, (1.01, (low + high) / 2), xycoords="axes fraction", va="center", fontsize=8, color=_colour(mode))
 
 # %% ../../nbs/7_show/00_plots.ipynb #446acb17
 def plot_selection(df:pd.DataFrame, # one layer: index, S, chosen, and mode (one block of rows per score)
                    ax:Axes|None=None,
                   ) -> Axes:
     "The spectrum of one layer (log axis) and, below it, which directions each score picks. `ValueError` for missing columns."
-    need(df, "index", "S", "chosen", "mode")
+    _need(df, "index", "S", "chosen", "mode")
     ax = ax or plt.gca()
     modes = list(df["mode"].unique())
     spectrum = df[df["mode"] == modes[0]].sort_values("index")
-    ax.semilogy(spectrum["index"], spectrum["S"], color=ink(), linewidth=1.2)
-    for row, mode in enumerate(modes): strip(ax, df[(df["mode"] == mode) & df["chosen"]]["index"], mode, row, len(modes))
+    ax.semilogy(spectrum["index"], spectrum["S"], color=_ink(), linewidth=1.2)
+    for row, mode in enumerate(modes): _strip(ax, df[(df["mode"] == mode) & df["chosen"]]["index"], mode, row, len(modes))
     top = spectrum["S"].max()
     if top > 0: # the upper 55 % for the spectrum
         low, high = np.log10(spectrum["S"].clip(lower=top * 1e-4).agg(["min", "max"]))
@@ -64,15 +64,15 @@ def plot_selection(df:pd.DataFrame, # one layer: index, S, chosen, and mode (one
 def plot_tail_depth(df:pd.DataFrame, # layer (block), tail_depth, mode; optionally low and high
                     ax:Axes|None=None,
                    ) -> Axes:
-    "Mean tail depth against block index, a line a score, with bands if the table has them. `ValueError` for missing columns."
-    need(df, "layer", "tail_depth", "mode")
+    "Mean tail depth against block index, one line per score, with bands if the table has them. `ValueError` for missing columns."
+    _need(df, "layer", "tail_depth", "mode")
     ax, means = ax or plt.gca(), df.groupby(["mode", "layer"], sort=False).mean(numeric_only=True).reset_index()
-    for mode, of in means.groupby("mode", sort=False):
-        of = of.sort_values("layer")
-        ax.plot(of["layer"], of["tail_depth"], color=colour(mode), label=mode, linewidth=1.5)
-        if {"low", "high"} <= set(of):
-            ax.fill_between(of["layer"].astype(float), of["low"], of["high"], color=colour(mode), alpha=0.2, linewidth=0)
-    ax.axhline(0.5, color=ink(), linestyle=":", linewidth=1)
+    for mode, rows in means.groupby("mode", sort=False):
+        rows = rows.sort_values("layer")
+        ax.plot(rows["layer"], rows["tail_depth"], color=_colour(mode), label=mode, linewidth=1.5)
+        if {"low", "high"} <= set(rows):
+            ax.fill_between(rows["layer"].astype(float), rows["low"], rows["high"], color=_colour(mode), alpha=0.2, linewidth=0)
+    ax.axhline(0.5, color=_ink(), linestyle=":", linewidth=1)
     ax.set(xlabel="block", ylabel="tail depth (0 top, 1 tail)", ylim=(-0.05, 1.05))
     return ax
 
@@ -81,7 +81,7 @@ def plot_overlap(df:pd.DataFrame, # mode_a, mode_b, overlap (0 to 1); rows are a
                  ax:Axes|None=None,
                 ) -> Axes:
     "Mean overlap of the choices of every two scores, as a labelled heat map. `ValueError` for missing columns."
-    need(df, "mode_a", "mode_b", "overlap")
+    _need(df, "mode_a", "mode_b", "overlap")
     square = df.pivot_table(index="mode_a", columns="mode_b", values="overlap", sort=False)
     ax = sns.heatmap(square, vmin=0, vmax=1, annot=True, fmt=".2f", cmap="cividis", square=True, ax=ax,
                      cbar_kws=dict(label="share of directions in common"))
@@ -100,15 +100,15 @@ def plot_kl_vs_c(df:pd.DataFrame, # from kl_curve
     "Divergence from c = 0 against c, in nats, both directions. `ValueError` for missing columns."
     columns = {f"{way}_{stat}": dict(color=STAT_COLOURS.get(stat), linestyle=style, label=f"{way} {stat}")
                for stat in stats for way, style in (("kl_rev", "-"), ("kl_fwd", "--"))}
-    need(df, "c", *columns)
+    _need(df, "c", *columns)
     ax, df = ax or plt.gca(), df.sort_values("c")
     acts = (df[df["c"] != 0][[*columns]] > 0).any(axis=None) # a fresh adapter has no KL at any dose, and no logarithm of it
     for column, how in columns.items():
         y = df[column].where((df["c"] != 0) & (df[column] > 0)) if acts else df[column]
         ax.plot(df["c"], y, marker="o", markersize=3, linewidth=1.2, **how)
     if calibrated is not None and np.isfinite(calibrated):
-        ax.axvline(calibrated, color=ink(), linestyle="-.", linewidth=1, label=f"calibrated c = {calibrated:.2f}")
-    ax.axvline(0, color=ink(), linestyle=":", linewidth=1)
+        ax.axvline(calibrated, color=_ink(), linestyle="-.", linewidth=1, label=f"calibrated c = {calibrated:.2f}")
+    ax.axvline(0, color=_ink(), linestyle=":", linewidth=1)
     ax.set(yscale="log" if acts else "linear", xlabel="dose c (0 is the untouched model)", ylabel="KL (nats per token)")
     return ax
 
@@ -116,14 +116,14 @@ def plot_kl_vs_c(df:pd.DataFrame, # from kl_curve
 def plot_gradient_cosine(df:pd.DataFrame, # layer (block, or "all"), cosine; optionally mode
                          ax:Axes|None=None,
                         ) -> Axes:
-    "Cosine between the gradients of the +c and -c branches against block index, a line a mode. `ValueError`: missing columns."
-    need(df, "layer", "cosine")
+    "Cosine of the gradients of the +c and -c branches against block index, one line per mode. `ValueError`: missing columns."
+    _need(df, "layer", "cosine")
     ax, modes = ax or plt.gca(), "mode" in df
-    for mode, of in df.groupby("mode", sort=False) if modes else [("", df)]:
-        of = of[of["layer"].astype(str) != "all"].dropna(subset="layer").astype({"layer": int}) # text, if read from a file
-        blocks = of.groupby("layer")["cosine"].mean()
-        ax.plot(blocks.index, blocks, "o-", markersize=3, linewidth=1.2, color=colour(mode), label=mode or None)
-    for y in (-1, 0): ax.axhline(y, color=ink(), linestyle=":", linewidth=1)
+    for mode, rows in df.groupby("mode", sort=False) if modes else [("", df)]:
+        rows = rows[rows["layer"].astype(str) != "all"].dropna(subset="layer").astype({"layer": int}) # read as text
+        blocks = rows.groupby("layer")["cosine"].mean()
+        ax.plot(blocks.index, blocks, "o-", markersize=3, linewidth=1.2, color=_colour(mode), label=mode or None)
+    for y in (-1, 0): ax.axhline(y, color=_ink(), linestyle=":", linewidth=1)
     ax.set(xlabel="block", ylabel="cosine of the +c and -c gradients", ylim=(-1.08, 1.08))
     return ax
 
@@ -133,12 +133,15 @@ def plot_nll(log:pd.DataFrame, # of a run: step, split ("train", "val"), and the
              column:str="nll", # what to draw
             ) -> Axes:
     "Train and validation curves of a run against the step. `ValueError` for missing columns."
-    need(log, "step", "split", column)
+    _need(log, "step", "split", column)
     ax = ax or plt.gca()
     train, val = (log[log["split"] == split].sort_values("step") for split in ("train", "val"))
-    ax.plot(train["step"], train[column], color="#56B4E9", linewidth=0.8, alpha=0.7, label="train, a step")
-    smooth = train[column].rolling(max(1, len(train) // 15), center=True, min_periods=1).mean()
-    ax.plot(train["step"], smooth, color="#0072B2", linewidth=1.5, label="train, smoothed")
+    window = len(train) // 15 # steps that are averaged
+    if window > 1:
+        smooth = train[column].rolling(window, center=True, min_periods=1).mean()
+        ax.plot(train["step"], train[column], color="#56B4E9", linewidth=0.8, alpha=0.7, label="train, per step")
+        ax.plot(train["step"], smooth, color="#0072B2", linewidth=1.5, label="train, smoothed")
+    elif len(train): ax.plot(train["step"], train[column], "o-", markersize=3, color="#0072B2", linewidth=1.5, label="train")
     if len(val): ax.plot(val["step"], val[column], "s-", color="#D55E00", linewidth=1.5, label="validation")
     ax.set(xlabel="optimiser step", ylabel=f"{column.upper()} (nats per token)")
     return ax
