@@ -79,15 +79,15 @@ class Module:
             elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__slots__": found |= strings(node)
         return found
 
-    def foreign_underscores(self) -> list[str]:
-        "`from x import _y`, and `obj._name` or `getattr(obj, '_name')` of a name that this module does not define."
+    def foreign_underscores(self, known: set[str]) -> list[str]:
+        "`from x import _y`, and `obj._name` or `getattr(obj, '_name')` of a known name that this module does not define."
         found = {f"from {m} import {n}" for m, names in self.imports().items() for n in names if private(n)}
         mine, own, others = self.defined(), {"self", "cls"}, self.outside()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Attribute) and root(node) not in own | others: names = {node.attr}
             elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"): names = strings(node)
             else: continue
-            if any(private(n) and n not in mine for n in names): found.add(ast.unparse(node))
+            if any(private(n) and n in known - mine for n in names): found.add(ast.unparse(node))
         return sorted(found)
 
     def crowded(self) -> list[int]:
@@ -144,6 +144,12 @@ class House:
                 for module in whole & found.keys(): found[module] |= reached(m, module.split(".")[-1])
                 if base in found: found[base] |= names
         return found
+
+    def foreign(self) -> dict[str, list[str]]:
+        "Module -> the underscore names of other modules that it uses. Those of other packages are their makers' business."
+        known = {n for m in self.modules.values() for n in m.defined()}
+        rows = {name: m.foreign_underscores(known) for name, m in self.modules.items()}
+        return {name: names for name, names in rows.items() if names}
 
     def idle(self) -> dict[str, list[str]]:
         "Module -> public names that no other module uses and `modlab` does not export: each wants an underscore."
@@ -211,8 +217,9 @@ def table(house: House) -> list[str]:
     "The measures as lines."
     rows = sorted(house.modules.values(), key=lambda m: -m.lines())
     lines = [f"{'module':26}{'lines':>6}{'functions':>11}{'longest':>9}{'over 30':>9}{'foreign _':>11}{'crowded':>9}"]
+    theirs = house.foreign()
     for m in rows:
-        sizes, foreign = m.functions().values(), len(m.foreign_underscores())
+        sizes, foreign = m.functions().values(), len(theirs.get(m.name, []))
         over = sum(n > MAX_FUNCTION for n in sizes)
         lines.append(f"{m.name:26}{m.lines():6}{len(sizes):11}{max(sizes, default=0):9}{over:9}{foreign:11}{len(m.crowded()):9}")
     return [*lines, "", *summary(house, rows)]
