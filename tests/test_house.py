@@ -1,5 +1,7 @@
 """The measures of the house: sizes, depth, who uses whose names, the order of the book, where tables come from."""
+import csv
 import re
+import subprocess
 from pathlib import Path
 
 import house
@@ -30,7 +32,8 @@ NOT_YET = {
     "deep": {"ModulatedLoRA", "ModulatedPiSSA"},
     "many": {"modlab"},
     "next": {"00_lowrank", "02_scores", "03_divergence", "04_loading", "05_readout", "03_lora", "04_pissa",
-             "06_history", "00_activations", "04_contrast", "00_dose", "00_plots"},
+             "06_history", "00_activations", "04_contrast", "00_dose", "00_plots",
+             "02_explore"},
 }
 
 
@@ -153,3 +156,35 @@ def test_next_is_the_next_page(tmp_path, text, good):
     nbformat.write(nb, folder / "00_a.ipynb")
     assert names_next(folder / "00_a.ipynb", folder / "01_b.ipynb") is good
     assert not names_next(folder / "00_a.ipynb", None)
+
+
+# ---- where tables come from ----
+
+TABLES = sorted((ROOT / "nbs" / "analysis" / "results").glob("*.csv"))
+WRITES = re.compile(r"(.*)\.to_csv\(")
+
+
+def git(*words: str) -> str | None:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
+def test_every_row_has_its_commit(path):
+    with open(path, encoding="utf-8", newline="") as file: rows = list(csv.DictReader(file))
+    assert rows and {"model", "version", "commit"} <= rows[0].keys()
+    commits = {row["commit"] for row in rows}
+    assert all(re.fullmatch(r"[0-9a-f]{12}\+?", c) for c in commits) and all(row["model"] and row["version"] for row in rows)
+    if git("rev-parse", "--is-shallow-repository") == "false":  # elsewhere there is no history to look it up in
+        assert not [c for c in commits if git("cat-file", "-e", f"{c.rstrip('+')}^{{commit}}") is None]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs" / "analysis").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_tables_are_written_with_a_stamp(path):
+    source = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+    written = WRITES.findall(source)
+    assert all(line.endswith(".assign(**STAMP)") for line in written)
+    assert not written or "from modlab.show.provenance import stamp" in source and "STAMP = stamp(" in source
+
+
+def test_there_are_tables_and_notebooks_that_write_them(): assert len(TABLES) > 10
