@@ -13,6 +13,7 @@ import api
 import lint_notebooks as lint
 import pytest
 import readme
+import yaml
 from jaxtyping import TypeCheckError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -201,3 +202,11 @@ def test_changelog_and_package_know_the_version():
     version = settings()["version"]
     assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
     assert importlib.import_module("modlab").__version__ == version
+
+
+def test_ci_runs_on_every_python_that_modlab_promises():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["run"]
+    assert {"push", "pull_request"} <= workflow[True].keys()  # YAML takes `on` for a truth
+    assert job["strategy"]["matrix"]["python"] == [f"3.{n}" for n in range(int(settings()["min_python"][2:]), 14)]
+    assert job["steps"][-1] == {"run": ".ci/run"} and os.access(ROOT / ".ci" / "run", os.X_OK)
