@@ -83,7 +83,10 @@ def notebook(tmp_path, name, *cells):
 
 
 @pytest.fixture
-def light(monkeypatch): monkeypatch.setattr(runner, "HEAVY", ())
+def light(monkeypatch):
+    "Nothing is imported first; outputs are compared on every Python."
+    monkeypatch.setattr(runner, "HEAVY", ())
+    monkeypatch.setattr(runner, "COMPARES", True)
 
 
 def test_notebooks_are_run_and_compared(tmp_path, light, capsys):
@@ -121,6 +124,13 @@ def test_what_has_passed_is_not_run_again_until_something_changes(tmp_path, ligh
     monkeypatch.setattr(runner, "run_all", lambda paths, root: {p: ["a problem"] for p in paths})
     path.write_text(path.read_text() + " ")
     assert [runner.main([], tmp_path), runner.main([], tmp_path)] == [1, 1]
+
+
+def test_where_older_versions_are_pinned_cells_are_run_alone(tmp_path, light, monkeypatch):
+    monkeypatch.setattr(runner, "COMPARES", False)
+    stale, broken = notebook(tmp_path, "stale", ("4", [value("5")])), notebook(tmp_path, "broken", ("1 / 0", []))
+    found = runner.run_all([stale, broken], tmp_path)
+    assert found[stale] == [] and "ZeroDivisionError" in found[broken][0]
 
 
 def test_a_process_that_dies_is_a_failure(tmp_path, light, monkeypatch):

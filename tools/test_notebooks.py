@@ -20,6 +20,7 @@ WORKERS = 2
 ENV = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "IN_TEST": "1",
        "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 HEAVY = ("torch", "transformers", "pandas", "matplotlib.pyplot", "peft", "modlab")  # imported once; each notebook is a fork
+COMPARES = sys.version_info >= (3, 11)  # below, older versions of pandas and numpy are pinned, which print otherwise
 PATIENCE = 900  # seconds without any notebook coming to an end
 PASSED = Path(".venv/.notebooks.json")
 
@@ -61,6 +62,7 @@ def run(path: Path, root: Path) -> list[str]:
         if not runs(cell): continue
         outputs = outputs_of(shell, cell.source)
         if shell.exc: return [*problems, f"cell {n} fails\n{failure(shell.exc)}"]
+        if not COMPARES: continue
         head = next((x for x in cell.source.splitlines() if x and not x.startswith("#|")), "")[:70]
         problems += [f"cell {n}, {head!r}, shows another output\n{text}" for text in differences(cell.outputs, outputs)]
     return problems
@@ -132,7 +134,8 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
     for path in failed: print(f"out of step or failed: {path.relative_to(root)}")
     good = bool(paths) and not failed
     way_out = "" if good else "; after a look at them: tools/execute.py --light NOTEBOOK"
-    print(f"notebooks: {len(passed)} of {len(paths)} pass, {'all in step' if good else 'FAILED'}, "
+    verdict = "all in step" if COMPARES else "outputs not compared below Python 3.11"
+    print(f"notebooks: {len(passed)} of {len(paths)} pass, {verdict if good else 'FAILED'}, "
           f"{time.perf_counter() - start:.0f} s{way_out}", flush=True)
     return 0 if good else 1
 
