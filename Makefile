@@ -36,7 +36,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 demo: $(STAMP) ## run companion notebooks on the real model (some minutes); figures and verdicts in report/index.html
 	@$(BIN)/python tools/demo.py $(NOTEBOOKS)
 
-test: $(STAMP) ## every notebook through nbdev_test, then pytest
+test: $(STAMP) ## every notebook run and compared with its committed outputs, then pytest
 	@status=0; $(BIN)/python tools/test_notebooks.py || status=1; $(BIN)/python -m pytest || status=1; exit $$status
 
 browser-test: $(STAMP) ## the explorer in JupyterLab and a real browser; installs what it needs
@@ -45,10 +45,10 @@ browser-test: $(STAMP) ## the explorer in JupyterLab and a real browser; install
 lab: $(STAMP) ## JupyterLab on the notebooks; as root in a container: make lab LAB_ARGS="--allow-root --no-browser"
 	@$(BIN)/jupyter lab $(LAB_ARGS) nbs
 
-check: $(STAMP) ## export, clean and lint: says which file is out of step
+check: $(STAMP) ## export, clean, lint, run and compare the notebooks: says which file is out of step
 	@$(BIN)/python tools/check.py
 
-notebooks: $(STAMP) ## execute notebooks in place, slow cells too: make notebooks NOTEBOOKS=nbs/00_lowrank.ipynb
+notebooks: $(STAMP) ## execute notebooks in place, slow cells too: make notebooks NOTEBOOKS=nbs/1_maths/00_lowrank.ipynb
 	@$(BIN)/python tools/execute.py $(NOTEBOOKS)
 
 readme: $(STAMP) ## render README.md from nbs/index.ipynb

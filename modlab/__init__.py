@@ -1,6 +1,6 @@
 """modlab: scalar-modulated low-rank adapters. Train a direction once, dose it with one number."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from .adapters.adapter import Adapter, load_adapter
 from .adapters.history import HistoryBake, PiSSAHistoryBake, bake_, baked

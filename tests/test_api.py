@@ -72,6 +72,12 @@ def test_fields_and_constants(sources):
     assert (sources.entry("demo", "LIMIT").returns, sources.entry("demo", "LIMIT").doc) == ("3", "how many")
 
 
+def test_two_constants_on_a_line(tmp_path):
+    (tmp_path / "demo.py").write_text('__all__ = ["A", "B"]\nA, B = "first", (2, 3) # both\n')
+    found = [api.Sources(tmp_path).entry("demo", name) for name in "AB"]
+    assert [(e.returns, e.doc) for e in found] == [('"first"', "both"), ("(2, 3)", "both")]
+
+
 def test_text_is_itself_and_names_are_links(sources):
     text = "\n".join(api.render(sources.entry("demo", "dose"), sources.names()))
     assert r"what is \*dosed\*" in text and "see {py:obj}`Kind <modlab.Kind>`" in text and "**Gives** name -\\> number" in text
@@ -84,9 +90,24 @@ def test_a_name_without_a_definition_is_an_error(sources):
 def test_everything_public_has_its_place_in_the_reference():
     pages = api.pages()
     index = pages.pop("api/index.md")
-    for name, module in api.Sources().names().items():
+    sources = api.Sources()
+    assert len(sources.names()) >= 40
+    for name, module in sources.names().items():
         assert getattr(modlab, name) is not None and f"<modlab.{name}>" in index
         assert f" {name}" in pages[f"api/{module}.md"]
+    for module in sources.trees:
+        for name in sources.public(module): assert f" {name}" in pages[f"api/{module}.md"]
+
+
+def test_the_index_has_what_modlab_exports_and_a_page_all_that_a_module_lists(tmp_path):
+    (tmp_path / "chapter").mkdir()
+    (tmp_path / "chapter" / "demo.py").write_text(SOURCE)
+    (tmp_path / "__init__.py").write_text("from .chapter.demo import dose, Kind")
+    sources = api.Sources(tmp_path)
+    assert sources.names() == {"dose": "chapter.demo", "Kind": "chapter.demo"}
+    page, index = api.page("chapter.demo", "1_chapter/00_demo", sources), api.index({"chapter.demo": "00_demo"}, sources)
+    assert "modlab.dose" in index and "LIMIT" not in index and "Plain" not in index
+    assert page.index("{py:function} dose") < page.index("## For other modules") < page.index("{py:class} Plain")
 
 
 def test_a_real_note_and_a_real_default_are_in_the_page():

@@ -1,6 +1,10 @@
 """Adapters to and from the real PEFT: the same logits both ways, what is refused, and folders that are not whole."""
 import dataclasses
 import json
+import multiprocessing
+import os
+import re
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from modlab import ModulatedLoRA, interop, load_adapter
-from modlab.share.peft import REFUSED, from_peft, places, to_peft
+from modlab import ModulatedLoRA, from_peft, load_adapter, to_peft
 from modlab.model.layers import layer_shape
+from modlab.share import folder as folders
+from modlab.share.fields import _REFUSED
+from modlab.share.places import places
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), *map(pytest.mark.filterwarnings, (
     "ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:.*fused expert tensors:UserWarning", "ignore::UserWarning:peft"))]
@@ -153,21 +159,80 @@ def test_the_folder(tmp_path, monkeypatch):
     assert set(files) == {CONFIG, WEIGHTS, "notes.txt"}
 
     def fail(*_, **__): raise OSError("no space")
-    def killed(self, to): return fail() if self.name == CONFIG else self.rename(to)
     with monkeypatch.context() as m, pytest.raises(OSError, match="no space"):
-        m.setattr(interop, "save_file", fail)
+        m.setattr(folders, "save_file", fail)
         to_peft(a, path)
-    assert {p.name: p.read_bytes() for p in path.iterdir()} == files
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == files and not list(path.parent.glob(".*"))
+    to_peft(a, path, 2.0)
+    twice = {p.name: p.read_bytes() for p in path.iterdir()}
+    assert twice["notes.txt"] == b"mine" and twice[WEIGHTS] != files[WEIGHTS] and twice.keys() == files.keys()
+    (tmp_path / "shortcut").symlink_to(path)
+    to_peft(a, tmp_path / "shortcut", 0.5)
+    assert (tmp_path / "shortcut").is_symlink() and {p.name: p.read_bytes() for p in path.iterdir()} == files
+
+
+def test_without_an_exchange_of_folders(tmp_path, monkeypatch):
+    "Where the system has none, the configuration goes first and comes last: what is half written does not load."
+    a, path = adapter_of("lora", build(), targets="q_proj"), tmp_path / "one"
+    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    to_peft(a, path)
+    (path / "notes.txt").write_text("mine")
+    to_peft(a, path, 0.5)
+    assert {p.name for p in path.iterdir()} == {CONFIG, WEIGHTS, "notes.txt"} and gap(in_peft(path), in_modlab((a, 0.5))) < CLOSE
+    def killed(self, to):
+        if self.name == CONFIG: raise OSError("no space")
+        return self.rename(to)
     with monkeypatch.context() as m, pytest.raises(OSError, match="no space"):
         m.setattr(Path, "replace", killed)  # between the two files
         to_peft(a, path)
     assert {p.name for p in path.iterdir()} == {WEIGHTS, "notes.txt"}
     refused(path, f"no {CONFIG}", OSError)
+
+
+def test_where_no_adapter_is_written(tmp_path):
+    a = adapter_of("lora", build(), targets="q_proj")
     (tmp_path / "file").write_text("")
     build().save_pretrained(tmp_path / "model")
     for name, match in (("file", "is a file"), ("model", "holds a model")):
         with pytest.raises(OSError, match=f"{name}: {match}"): to_peft(a, tmp_path / name)
     assert not (tmp_path / "model" / CONFIG).exists()
+
+
+def write_rank(path, r):
+    "An adapter of this rank: the two files of one rank do not fit those of another."
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = {f"base_model.model.{name}.lora_{t}.weight": torch.ones(size) for t, size in (("A", (r, 64)), ("B", (64, r)))}
+    folders.write_folder(path, LoraConfig(r=r, target_modules=[name]), tensors)
+
+
+def write_for_ever(path, start):
+    "What a process does until it is killed."
+    start.set()
+    while True:
+        for r in (2, 5): write_rank(path, r)
+
+
+def test_a_killed_writer_leaves_the_old_adapter_or_the_new_one(tmp_path):
+    path, context, seen = tmp_path / "adapter", multiprocessing.get_context("fork"), set()
+    write_rank(path, 2)
+    (path / "notes.txt").write_text("mine")
+    if not folders._exchange(path, path): pytest.skip("no exchange of folders on this file system")
+    for n in range(20):
+        start = context.Event()
+        writer = context.Process(target=write_for_ever, args=(path, start))
+        writer.start()
+        assert start.wait(60)
+        time.sleep(0.05 + 0.0013 * n)
+        writer.kill()
+        writer.join()
+        rank = json.loads((path / CONFIG).read_text())["r"]
+        shapes = {tuple(t.shape) for t in load_file(path / WEIGHTS).values()}
+        assert shapes == {(rank, 64), (64, rank)} and (path / "notes.txt").read_text() == "mine"
+        seen.add(rank)
+    assert seen <= {2, 5}
+    for left in tmp_path.glob(".*"): os.utime(left, (0, 0))
+    folders.write_folder(path, LoraConfig(), {"a": torch.ones(1)})
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"], "what the killed ones left is removed once it is old"
 
 
 # ---- from PEFT ----
@@ -242,7 +307,7 @@ def altered(path, **fields):
 VALUES = dict(bias="all", peft_type="LOHA", modules_to_save=["lm_head"], trainable_token_indices=[1], layer_replication=[[0, 2]],
               target_parameters=["experts.down_proj"], alora_invocation_tokens=[5, 6], use_bdlora=dict(nblocks=2),
               arrow_config=dict(top_k=2), kasa_config=dict(beta=1e-4), monteclora_config=dict(num_samples=4))
-BY_NAME = [(f, VALUES.get(f, True)) for f in (*REFUSED, "velora_config", "bias", "peft_type")] + [
+BY_NAME = [(f, VALUES.get(f, True)) for f in (*_REFUSED, "velora_config", "bias", "peft_type")] + [
     ("init_lora_weights", s) for s in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "of a later day")]
 # What says how it was trained, where it came from, or where the layers are: read, or of no account to what it computes.
 JUDGED = set("""task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules
@@ -291,6 +356,50 @@ def test_configuration_and_weights_disagree(folder):
         assert len(from_peft(build(), altered(folder, target_modules=["q_proj", "v_proj"])).layers) == 4
 
 
+@pytest.mark.parametrize("fields, scale", [
+    (dict(lora_alpha="6"), 1.5), (dict(r=4.0), 1.5), (dict(r="4"), 1.5), (dict(lora_alpha=-6), -1.5),
+    (dict(rank_pattern=None), 1.5),
+    (dict(alpha_pattern={"q_proj": "-2"}), -0.5), (dict(alpha_pattern=None, rank_pattern=None, use_rslora=None), 1.5),
+    (dict(use_rslora=True, lora_alpha="3e0"), 1.5), (dict(lora_dropout="0.1"), 1.5), (dict(target_modules="q_proj"), 1.5),
+    (dict(runtime_config={"ephemeral_gpu_offload": True}), 1.5)])
+def test_values_that_are_meant_are_read(folder, fields, scale):
+    if "target_modules" in fields: fields = dict(target_modules=r".*q_proj")
+    a = from_peft(build(), altered(folder, **fields))
+    assert set(a.scale.values()) == {scale} and len(a.layers) == 4
+    a.save(folder / "ours")
+    assert load_adapter(build(), folder / "ours").scale == a.scale
+
+
+@pytest.mark.parametrize("fields", [
+    dict(r=[]), dict(r=None), dict(r=0), dict(r=-4), dict(r=2.5), dict(r=True), dict(r="many"), dict(r=float("nan")),
+    dict(r={"a": 1}),
+    dict(lora_alpha=None), dict(lora_alpha="x"), dict(lora_alpha=[6]), dict(lora_alpha=float("inf")), dict(alpha_pattern="x"),
+    dict(alpha_pattern={"q_proj": None}), dict(alpha_pattern=[6]), dict(rank_pattern={"q_proj": 0}), dict(rank_pattern="x"),
+    dict(target_modules=3), dict(target_modules=[None]), dict(exclude_modules={"a": 1}), dict(layers_to_transform="x"),
+    dict(layers_to_transform=[0.5]), dict(use_rslora="yes"), dict(fan_in_fan_out=[]), dict(lora_dropout={}),
+    dict(layers_pattern=1)])
+def test_values_that_mean_nothing_are_refused(folder, fields):
+    (name, value), = fields.items()
+    refused(altered(folder, **fields), re.escape(f"{CONFIG}: {name} is {value!r}, expected "))
+
+
+@pytest.mark.parametrize("fields", [
+    dict(target_modules="q_proj["), dict(target_modules=None, layers_pattern="x"), dict(rank_pattern={"q_proj[": 4}),
+    dict(task_type=["x"]), dict(init_lora_weights=[]), dict(bias=None), dict(peft_type=["LORA"]),
+    dict(peft_type=None), dict(layers_to_transform=[0])])
+def test_other_nonsense_names_the_folder(folder, fields):
+    "What PEFT itself can make something of is read; the rest is refused, by no other kind of error."
+    try: from_peft(model := build(), altered(folder, **fields))
+    except (ValueError, OSError) as e: assert str(folder) in str(e) and all(p.requires_grad for p in model.parameters())
+
+
+def test_factors_that_are_not_finite(folder):
+    tensors = load_file(folder / WEIGHTS)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, folder / WEIGHTS)
+    refused(folder, "1 factors hold values that are not finite", OSError)
+
+
 def test_folders_that_are_not_whole(folder, good):
     tensors = load_file(folder / WEIGHTS)
     without = {k: t for k, t in tensors.items() if "3.self_attn.q_proj.lora_B" not in k}
@@ -305,7 +414,8 @@ def test_folders_that_are_not_whole(folder, good):
     (folder / "adapter_model.bin").unlink()
     refused(folder, "no weights.*adapter_model.safetensors or adapter_model.bin", OSError)
     (folder / WEIGHTS).write_bytes(good[WEIGHTS])
-    for text, match in ((good[CONFIG].decode()[:40], "cannot be read"), ("[]", "does not say"), ('{"r": 4}', "does not say")):
+    for text, match in ((good[CONFIG].decode()[:40], "cannot be read"), ("[]", "does not say"), ('{"r": 4}', "does not say"),
+                        ("null", "does not say"), ("3", "does not say"), ("", "cannot be read")):
         (folder / CONFIG).write_text(text)
         refused(folder, match, OSError)
     (folder / "epoch1").mkdir()

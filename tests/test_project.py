@@ -13,6 +13,7 @@ import api
 import lint_notebooks as lint
 import pytest
 import readme
+import yaml
 from jaxtyping import TypeCheckError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -46,7 +47,8 @@ def test_package_is_what_the_notebooks_export(tmp_path):
         shutil.copy(init, tmp_path / init.relative_to(ROOT))
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # with it, nbdev_export does nothing
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True, env=env)
-    made, kept = ({p.relative_to(root).as_posix(): p.read_text() for p in (root / "modlab").rglob("*.py")} for root in (tmp_path, ROOT))
+    made, kept = ({p.relative_to(root).as_posix(): p.read_text() for p in (root / "modlab").rglob("*.py")}
+                  for root in (tmp_path, ROOT))
     assert set(made) == set(kept), "a module without its notebook, or a notebook never exported"
     assert not [n for n in made if made[n] != kept[n]], "out of step with their notebooks: run nbdev_export"
     assert (tmp_path / "pyproject.toml").read_text() == (ROOT / "pyproject.toml").read_text()
@@ -107,7 +109,8 @@ def test_readme_leads_to_pages_that_the_site_has():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     pages = re.findall(rf"\]\({re.escape(readme.site())}/([\w/-]+)\.html\)", text)
     assert "names" in pages and "3_adapters/02_adapter" in pages
-    written = {p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in lint.notebooks()} | {"names", "dependencies"} | {p.removesuffix(".md") for p in api.pages()}
+    books = {p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in lint.notebooks()}
+    written = books | {"names", "dependencies"} | {p.removesuffix(".md") for p in api.pages()}
     assert not {p for p in pages if p not in written}
     assert not [m for m in re.findall(r"\]\((?!\w+:|#)([^)\s]+)\)", text) if not (ROOT / m).exists()]
 
@@ -147,10 +150,12 @@ def imported(source: str, chapter: str = "maths") -> set[str]:
     return {p.removeprefix("modlab.") for p in paths if p.split(".")[0] == "modlab"}
 
 
-@pytest.mark.parametrize("source", ["from modlab.maths.svd import f", "from .svd import f", "from . import svd", "from ..maths import svd",
-                                    "import modlab.maths.svd as m", "def g():\n    from ..maths.svd import f"])
+@pytest.mark.parametrize("source", [
+    "from modlab.maths.svd import f", "from .svd import f", "from . import svd", "from ..maths import svd",
+    "import modlab.maths.svd as m", "def g():\n    from ..maths.svd import f"])
 def test_imports_are_seen(source):
-    assert imported(source) == {"maths.svd"} and imported("import torch, modlab") == {"modlab"} and not imported("from torch import nn")
+    assert imported(source) == {"maths.svd"} and imported("import torch, modlab") == {"modlab"}
+    assert not imported("from torch import nn")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -168,10 +173,9 @@ def test_modlab_imports_with_nothing_but_its_requirements():
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_public_names_are_reexported(module):
-    package, part = importlib.import_module("modlab"), importlib.import_module(f"modlab.{module}")
-    assert part.__all__
-    assert not [n for n in part.__all__ if getattr(package, n, None) is not getattr(part, n)], f"to be added to modlab: {module}"
+def test_every_module_lists_names_that_it_has(module):
+    part = importlib.import_module(f"modlab.{module}")
+    assert part.__all__ and not [n for n in part.__all__ if not hasattr(part, n)]
 
 
 def test_types_are_checked_under_test():
@@ -197,3 +201,11 @@ def test_changelog_and_package_know_the_version():
     version = settings()["version"]
     assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
     assert importlib.import_module("modlab").__version__ == version
+
+
+def test_ci_runs_on_every_python_that_modlab_promises():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["run"]
+    assert {"push", "pull_request"} <= workflow[True].keys()  # YAML takes `on` for a truth
+    assert job["strategy"]["matrix"]["python"] == [f"3.{n}" for n in range(int(settings()["min_python"][2:]), 14)]
+    assert job["steps"][-1] == {"run": ".ci/run"} and os.access(ROOT / ".ci" / "run", os.X_OK)

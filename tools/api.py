@@ -96,6 +96,15 @@ def attribute(p: Param) -> Entry:
     return Entry(p.name, "attribute", p.note, returns=re.sub(r"^ClassVar\[(.*)\]$", r"\1", p.type))
 
 
+def assigned(node: ast.stmt) -> dict[str, ast.AST]: # name -> its value
+    "What an assignment defines; `a, b = 1, 2` defines two."
+    if not isinstance(node, ast.Assign | ast.AnnAssign): return {}
+    target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+        return {ast.unparse(t): v for t, v in zip(target.elts, node.value.elts)}
+    return {ast.unparse(target): node.value}
+
+
 class Sources:
     "All modules of the package, parsed."
     def __init__(self, folder: Path = PACKAGE):
@@ -103,6 +112,8 @@ class Sources:
                      for p in sorted(folder.rglob("*.py")) if not p.stem.startswith("_")}
         self.trees = {name: ast.parse(text) for name, text in self.text.items()}
         self.notes = {name: remarks(text) for name, text in self.text.items()}
+        init = folder / "__init__.py"
+        self.top = ast.parse(init.read_text(encoding="utf-8")) if init.exists() else None
         self.home = {n.name: (m, n) for m, tree in self.trees.items() for n in tree.body if isinstance(n, ast.ClassDef)}
 
     def public(self, module: str) -> list[str]:
@@ -112,8 +123,10 @@ class Sources:
         return []
 
     def names(self) -> dict[str, str]: # public name -> module
-        "Everything that modlab exports."
-        return {name: module for module in self.trees for name in self.public(module)}
+        "Everything that modlab exports: what its `__init__.py` imports, or without one what the modules list."
+        if self.top is None: return {name: module for module in self.trees for name in self.public(module)}
+        rows = [n for n in self.top.body if isinstance(n, ast.ImportFrom) and n.level == 1]
+        return {a.name: n.module for n in rows for a in n.names if n.module in self.trees}
 
     def ancestry(self, name: str) -> Iterator[str]:
         "A class and its bases within the package, nearest first."
@@ -160,9 +173,9 @@ class Sources:
         for node in self.trees[module].body:
             if isinstance(node, ast.ClassDef) and node.name == name: return self.klass(name)
             if isinstance(node, ast.FunctionDef) and node.name == name: return function(node, self.notes[module])
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            if name in [ast.unparse(t) for t in targets if t is not None]:
-                return Entry(name, "data", self.notes[module].get(node.end_lineno, ""), returns=source_of(node.value))
+            if name in assigned(node):
+                note = self.notes[module].get(node.end_lineno, "")
+                return Entry(name, "data", note, returns=source_of(assigned(node)[name]))
         raise ValueError(f"{name} is in __all__ of modlab.{module}, but nothing of that name is defined there")
 
 
@@ -225,18 +238,24 @@ def page(module: str, notebook: str, sources: Sources) -> str:
     names, doc = sources.names(), ast.get_docstring(sources.trees[module]) or ""
     lines = [f"# {module}", "", f"> {markdown(doc, names)}", "",
              f"Explained and tested in [its notebook](../{notebook}.ipynb).", "", ":::{py:currentmodule} modlab", ":::", ""]
-    for name in sources.public(module): lines += render(sources.entry(module, name), names)
+    listed = sources.public(module)
+    for name in listed:
+        if names.get(name) == module: lines += render(sources.entry(module, name), names)
+    inner = [name for name in listed if names.get(name) != module]
+    if inner: lines += ["## For other modules", "", f":::{{py:currentmodule}} modlab.{module}", ":::", ""]
+    for name in inner: lines += render(sources.entry(module, name), names)
     return "\n".join(lines)
 
 
 def index(notebooks: dict[str, str], sources: Sources) -> str:
-    "The list of everything public, a line each."
+    "The list of everything that modlab exports, a line each."
     names, lines = sources.names(), ["# Reference", "", "Everything here is imported from `modlab` itself. Shape letters: "
              "`b` batch, `s` sequence, `i` layer input, `o` layer output, `r` rank, `k = min(i, o)`, `n` tokens, "
              "`v` vocabulary.", ""]
     for module in notebooks:
-        lines += [f"## [{module}]({module}.md)", "", "| | |", "|---|---|"]
-        for name in sources.public(module):
+        exported = [name for name in sources.public(module) if names.get(name) == module]
+        lines += [f"## [{module}]({module}.md)", "", *["| | |", "|---|---|"] * bool(exported)]
+        for name in exported:
             doc = sources.entry(module, name).doc.split("\n")[0]
             lines.append(f"| {link(f'`{name}`', names)} | {markdown(doc, names)} |")
         lines.append("")

@@ -1,10 +1,11 @@
-"""Is all that is made from notebooks in step with them, and is everything lint-free? Names the files that are not."""
+"""Is all that is made from notebooks in step with them, their outputs too, and is everything lint-free? Names what is not."""
 import hashlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import test_notebooks
 from lint_notebooks import ROOT, notebooks
 
 BIN = Path(sys.executable).parent
@@ -34,6 +35,7 @@ def main(root: Path = ROOT) -> int:
         problems += len(changed)
     for command in ([sys.executable, "tools/lint_notebooks.py"], [BIN / "ruff", "check", "--quiet", "."]):
         problems += subprocess.run(command, cwd=root).returncode != 0
+    problems += test_notebooks.main([], root)
     print("check: in step and lint-free" if not problems else f"check: {problems} problems, see above", flush=True)
     return min(problems, 1)
 

@@ -13,8 +13,9 @@ from readme import site
 SITE = Path("_docs")
 START = ("analysis/walkthrough", "analysis/make_pairs")
 GUIDES = ("names", "dependencies")
-CHAPTERS = dict(maths="Mathematics", model="The model", adapters="Adapters", learn="Learning", measure="Measuring", share="Sharing",
-                show="Showing")
+CHAPTERS = dict(maths="Mathematics", model="What a model is to modlab", adapters="What can be attached",
+                learn="Where the numbers come from",
+                measure="What a dose costs and buys", share="To and from everyone else", show="Figures and the explorer")
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md") # of the top folder
 FENCE = re.compile(r"(^```.*?^```|^:::+.*?$)", re.M | re.S)
 SPAN = re.compile(r"(?<!`)(?<!\[)`[^`\n]+`(?!`)(?!\])")

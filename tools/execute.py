@@ -1,5 +1,5 @@
-"""Execute notebooks in place and leave them as nbdev_clean does: for outputs that are committed. `--light` leaves `#| slow` cells as
-they are, outputs too; without it they run as well."""
+"""Execute notebooks in place and leave them as nbdev_clean does: for outputs that are committed. `--light` leaves `#| slow`
+cells as they are, outputs too; without it they run as well."""
 import os
 import subprocess
 import sys

@@ -10,7 +10,8 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COMPANIONS = {"make_pairs", "walkthrough"}  # under nbs/analysis, but they ask no question: a recipe for data, and a tour
 MAX_EXPORT = 40  # lines of an exported cell: beyond 25 is remarked on, beyond this refused
-DIRECTIVE = re.compile(r"#\| (default_exp [a-z]\w*(?:\.[a-z]\w*)?|export|exporti|hide|slow|notest|eval: false|fig-(alt|cap): \S.*)")
+DIRECTIVE = re.compile(r"#\| (default_exp [a-z]\w*(?:\.[a-z]\w*)?|export|exporti|hide|slow|notest|eval: false"
+                       r"|fig-(alt|cap): \S.*)")
 WORDS = ("default_exp", "export", "exporti", "hide", "slow", "notest", "eval")
 ABSOLUTE = re.compile(r"(?<![\w:/.<~*`$)\]-])/(?:(?:home|root|tmp|Users|mnt)/\w|(?:[\w.-]+/){2,}[\w.-])|\b[A-Z]:\\\w")
 ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")

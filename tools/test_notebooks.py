@@ -1,44 +1,143 @@
-"""Run every notebook through `nbdev_test`, and count them: with nothing to run, nbdev_test is content and exits with 0."""
+"""Run the light cells of every notebook once: a cell that fails is a failed test, and an output that is not the committed one
+is out of step. What passed is remembered, so that `make check` and `make test` in a row run each notebook once."""
+import hashlib
+import json
+import multiprocessing
 import os
-import re
-import subprocess
 import sys
 import time
+import traceback
+import warnings
+from importlib.metadata import distributions
 from pathlib import Path
 
-from lint_notebooks import ROOT, notebooks
+import nbformat
+from fresh import differences
+from lint_notebooks import ROOT, directives, notebooks
 
 # Two workers with one thread each: on two cores, threads of two notebooks would only wait for each other.
-ENV = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg",
-       "PYTHONUNBUFFERED": "1"}
-COMPLETED = re.compile(r"- Completed (.+?\.ipynb)")
+WORKERS = 2
+ENV = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "IN_TEST": "1",
+       "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+HEAVY = ("torch", "transformers", "pandas", "matplotlib.pyplot", "peft", "modlab")  # imported once; each notebook is a fork
+COMPARES = sys.version_info >= (3, 11)  # below, older versions of pandas and numpy are pinned, which print otherwise
+PATIENCE = 900  # seconds without any notebook coming to an end
+PASSED = Path(".venv/.notebooks.json")
 
 
-def run_nbdev_test(root: Path) -> tuple[int, list[Path]]:
-    "The exit code of nbdev_test on all notebooks, and the notebooks it says it went through."
-    command = [Path(sys.executable).parent / "nbdev_test", "--n_workers", "2", "--do_print", "--timing"]
-    process = subprocess.Popen(command, cwd=root, env={**os.environ, **ENV}, text=True, stdout=subprocess.PIPE)
-    ran = []
-    for line in process.stdout:
-        done = [Path(name).relative_to(root) for name in COMPLETED.findall(line)]
-        for path in done: print(f"  {path}", flush=True)
-        if re.fullmatch(r"\S+\.ipynb: \d+ secs", line.strip()): print(f"    {line.strip()}")
-        ran += done
-    return process.wait(), ran
+# ---- one notebook ----
+
+def runs(cell) -> bool:
+    "Whether a cell is code that runs here; `#| slow` and the like is for those who want the real model."
+    left_out = {"slow", "notest", "eval: false"} & set(directives(cell.source))
+    return cell.cell_type == "code" and not left_out and "nbdev_export()" not in cell.source
 
 
-def main(root: Path = ROOT) -> int:
-    "0 if every notebook on disk ran, each once, and none failed."
-    start, on_disk = time.perf_counter(), sorted(p.relative_to(root) for p in notebooks(root))
-    print(f"nbdev_test on {len(on_disk)} notebooks", flush=True)
-    code, ran = run_nbdev_test(root)
-    missing, extra = sorted(set(on_disk) - set(ran)), sorted(set(ran) - set(on_disk))
-    for path in missing: print(f"NOT RUN by nbdev_test: {path}")
-    for path in extra: print(f"run, but not among the notebooks counted: {path}")
-    good = code == 0 and sorted(ran) == on_disk and bool(on_disk)
-    verdict, seconds = "all passed" if good else "FAILED", time.perf_counter() - start
-    print(f"notebooks: {len(ran)} of {len(on_disk)} ran, {verdict}, {seconds:.0f} s", flush=True)
+def shell_for(path: Path):
+    "A shell without a kernel, which shows tables and figures as a notebook's kernel does."
+    import pandas as pd
+    from execnb.shell import CaptureShell
+    shell = CaptureShell(path, mpl_format="png")
+    pd.set_option("display.max_columns", 20, "display.width", 80)  # as pandas itself does where it sees a kernel
+    return shell
+
+
+def outputs_of(shell, source: str) -> list[dict]:
+    "What a cell shows; no value behind a semicolon, also where a remark follows it."
+    outputs = shell.run(source)
+    silent = shell.displayhook.semicolon_at_end_of_expression(source)
+    return [o for o in outputs if not (silent and o["output_type"] == "execute_result")]
+
+
+def failure(error: BaseException) -> str: return "".join(traceback.format_exception(error))[-3000:]
+
+
+def run(path: Path, root: Path) -> list[str]:
+    "The problems of one notebook: the cell that failed, or each output that is another one now."
+    nb, problems = nbformat.read(path, as_version=4), []
+    os.chdir(path.parent)
+    sys.path.insert(0, str(root))
+    shell = shell_for(path)
+    for n, cell in enumerate(nb.cells):
+        if not runs(cell): continue
+        outputs = outputs_of(shell, cell.source)
+        if shell.exc: return [*problems, f"cell {n} fails\n{failure(shell.exc)}"]
+        if not COMPARES: continue
+        head = next((x for x in cell.source.splitlines() if x and not x.startswith("#|")), "")[:70]
+        problems += [f"cell {n}, {head!r}, shows another output\n{text}" for text in differences(cell.outputs, outputs)]
+    return problems
+
+
+def timed(job: tuple[Path, Path]) -> tuple[Path, list[str], float]:
+    "One notebook in a process of its own: its problems, and the seconds that it took."
+    start = time.perf_counter()
+    return job[0], run(*job), time.perf_counter() - start
+
+
+def run_all(paths: list[Path], root: Path) -> dict[Path, list[str]]:
+    "Every notebook with its problems, each told of when it is through."
+    os.environ.update(ENV)
+    sys.path.insert(0, str(root))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in HEAVY: __import__(name)
+    found = {}
+    with multiprocessing.get_context("fork").Pool(WORKERS, maxtasksperchild=1) as pool:
+        done = pool.imap_unordered(timed, [(p, root) for p in paths], chunksize=1)
+        while len(found) < len(paths):
+            try: path, problems, seconds = done.next(timeout=PATIENCE)
+            except multiprocessing.TimeoutError: break  # also where a process was killed: the pool itself would wait for ever
+            found[path] = problems
+            print(f"  {seconds:4.0f} s  {path.relative_to(root)}", flush=True)
+            for problem in problems: print(f"{path.relative_to(root)}: {problem}\n", flush=True)
+    return found | {p: ["did not end: its process was killed, or a cell hangs"] for p in paths if p not in found}
+
+
+# ---- what is known already ----
+
+def surroundings(root: Path) -> str:
+    "A hash of all that a notebook's outputs depend on, itself aside: package, data, tables, tools, versions."
+    inside = [p for folder in ("modlab", "nbs/analysis", "tools") for p in sorted((root / folder).rglob("*"))
+              if p.is_file() and p.suffix in (".py", ".csv", ".jsonl", ".json", ".txt")]
+    made = hashlib.sha256(sys.version.encode())
+    for p in inside: made.update(f"{p.relative_to(root)} {hashlib.sha256(p.read_bytes()).hexdigest()}\n".encode())
+    made.update("\n".join(sorted({f"{d.name} {d.version}" for d in distributions()})).encode())
+    made.update(json.dumps({k: v for k, v in os.environ.items() if k.startswith("MODLAB_")}, sort_keys=True).encode())
+    return made.hexdigest()
+
+
+def states(paths: list[Path], root: Path) -> dict[str, str]:
+    "Notebook -> a hash of it and of everything that it depends on."
+    around = surroundings(root)
+    return {str(p.relative_to(root)): hashlib.sha256(around.encode() + p.read_bytes()).hexdigest() for p in paths}
+
+
+def remembered(root: Path) -> dict[str, str]:
+    "Notebook -> the state in which it passed, from the file; nothing where there is none, or where it was cut off."
+    try: return json.loads((root / PASSED).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError): return {}
+
+
+def main(arguments: list[str], root: Path = ROOT) -> int:
+    "0 if every notebook on disk passes, each run once; `--again` runs those too that have passed in this very state."
+    start, paths = time.perf_counter(), notebooks(root)
+    now, known = states(paths, root), {} if "--again" in arguments else remembered(root)
+    paths = sorted(paths, key=lambda p: len(p.parts))  # the tour, which takes longest, first
+    wanted = [p for p in paths if known.get(str(p.relative_to(root))) != now[str(p.relative_to(root))]]
+    others = "" if wanted == paths else ", the others have passed as they are"
+    print(f"notebooks: {len(wanted)} of {len(paths)} to run{others}", flush=True)
+    found = run_all(wanted, root) if wanted else {}
+    passed = {p for p in paths if not found.get(p, [] if p not in wanted else ["not run"])}
+    if (root / PASSED).parent.is_dir():
+        (root / PASSED).write_text(json.dumps({str(p.relative_to(root)): now[str(p.relative_to(root))] for p in passed}))
+    failed = [p for p in paths if p not in passed]
+    for path in failed: print(f"out of step or failed: {path.relative_to(root)}")
+    good = bool(paths) and not failed
+    way_out = "" if good else "; after a look at them: tools/execute.py --light NOTEBOOK"
+    verdict = "all in step" if COMPARES else "outputs not compared below Python 3.11"
+    print(f"notebooks: {len(passed)} of {len(paths)} pass, {verdict if good else 'FAILED'}, "
+          f"{time.perf_counter() - start:.0f} s{way_out}", flush=True)
     return 0 if good else 1
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__": sys.exit(main(sys.argv[1:]))
