@@ -3,7 +3,8 @@
 __version__ = "0.1.0"
 
 from .adapters.adapter import Adapter, load_adapter
-from .adapters.history import HistoryBake, PiSSAHistoryBake, bake_, bake_report, baked
+from .adapters.history import HistoryBake, PiSSAHistoryBake, bake_, baked
+from .adapters.report import bake_report
 from .learn.activations import capture_activations, capture_statistics
 from .adapters.files import read_metadata
 from .learn.contrast import ContrastConfig, ContrastRun, contrast, gradient_cosine

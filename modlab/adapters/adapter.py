@@ -6,7 +6,6 @@
 __all__ = ['check_entry', 'Adapter', 'load_adapter', 'LowRankAdapter']
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #a5324da3
-import difflib
 import html
 import logging
 import secrets
@@ -15,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import ClassVar
 
 import pandas as pd
@@ -23,25 +21,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .files import (Checkpoint, Tables, check_file, config_from, config_meta, fingerprint, layers_for, read_checkpoint,
-                                   write_checkpoint)
-from .hooks import Adder, Coeff, Hooks, LowRankAdder, Parts, check_model, gain_at
+from .files import (Checkpoint, check_file, check_ranks, check_shapes, config_from, config_meta, fill, layers_for,
+                                   read_checkpoint, refill)
+from .hooks import Adder, Coeff, Hooks, LowRankAdder, Parts, check_layer, check_model, gain_at
 from ..maths.lowrank import LowRank
-from ..model.layers import device_of, guard_4bit, layer_shape
+from ..model.format import Tables, write_file
+from ..model.layers import guard_4bit, layer_shape
+from ..model.ledger import check_unchanged, fingerprint, giving_back
 from ..model.targets import LoRAConfig, role_of
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
-NONE = MappingProxyType({}) # the header of what comes from no file
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #0931644c
 def check_entry(adapter:"Adapter", model:nn.Module) -> None:
-    "`RuntimeError` if the adapter is attached or part of a history in force, `ValueError` for another model."
+    "`RuntimeError`: attached already, part of a history, or a weight was overwritten; `ValueError`: another model."
     if adapter.attached: raise RuntimeError("the adapter is attached already; leave its with block first, or use set_coeff; "
                                             "where explore shows it, close() that")
     if adapter.bakes: raise RuntimeError("the adapter is part of a history in force and would count twice; remove() that first, "
                                          "or leave its baked block")
     check_model(adapter, model)
+    for name, layer in adapter.layers.items(): check_unchanged(name, layer)
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #75c9a99d
 class _Block:
@@ -52,48 +52,17 @@ class _Block:
     def __enter__(self) -> "Adapter":
         self.used = True
         check_entry(self.adapter, self.model)
-        self.leave = self.adapter.hooks.attach(self.model, self.c)
-        return self.adapter
+        a = self.adapter
+        with a.hooks.attach(self.model, self.c) as leave:
+            if a.extracted: leave.enter_context(giving_back(a.layers, a.id))
+            self.leave = leave.pop_all()
+        return a
 
     def __exit__(self, *exc) -> None: self.leave.close()
     def __del__(self) -> None:
         if self.used: return
         warnings.warn(f"adapter(model, c) of a {type(self.adapter).__name__} was called without with, so nothing was attached; "
                       "use: with adapter(model, c): ...", stacklevel=2)
-
-# %% ../../nbs/3_adapters/02_adapter.ipynb #bfa68642
-def _place(t:Tensor, layer:nn.Module, dtype:torch.dtype) -> Tensor:
-    "A tensor where its layer lives; whole numbers, such as indices, stay on the CPU."
-    return t.detach().to(device_of(layer), dtype).contiguous() if t.is_floating_point() else t
-
-def _fill(adapter:"Adapter", tables:Tables) -> None:
-    "Take the tables on: those that train as new parameters."
-    for table in adapter.tables:
-        given = tables.get(table, {})
-        placed = {n: _place(given[n], layer, adapter.cfg.factor_dtype) for n, layer in adapter.layers.items() if given}
-        trained = {n: nn.Parameter(t.clone()) for n, t in placed.items()} if table in adapter.trains else placed
-        setattr(adapter, table, trained)
-
-@torch.no_grad()
-def _refill(adapter:"Adapter", tables:Tables) -> None:
-    "Take other tables over: parameters in place, so that an optimizer keeps them; an optional table that is missing is empty."
-    for table in adapter.tables:
-        given = tables.get(table, {})
-        if table in adapter.trains:
-            for name, parameter in getattr(adapter, table).items(): parameter.copy_(given[name])
-        else:
-            placed = {n: _place(given[n], layer, adapter.cfg.factor_dtype) for n, layer in adapter.layers.items() if given}
-            setattr(adapter, table, placed)
-
-# %% ../../nbs/3_adapters/02_adapter.ipynb #2cf9cd5c
-def _check_ranks(adapter:"Adapter", ck:Checkpoint) -> None:
-    "`ValueError` unless the file's tables fit into the adapter's."
-    for table in adapter.tables:
-        given = ck.tables.get(table, {})
-        for name, t in getattr(adapter, table).items():
-            if name not in given or t.shape == given[name].shape or table in adapter.optional: continue
-            raise ValueError(f"{ck.path}: {table} of {name} is {tuple(given[name].shape)} in the file and {tuple(t.shape)} here; "
-                             f"use {type(adapter).__name__}.from_checkpoint(model, path)")
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #e60fe306
 class Adapter:
@@ -109,9 +78,7 @@ class Adapter:
 
     def __init_subclass__(cls):
         if cls.__dict__.get("kind"): Adapter.kinds[cls.kind] = cls
-
     def adder(self, name:str, layer:nn.Module, hooks:Hooks) -> Adder: raise NotImplementedError # what one layer adds
-
     @property
     def attached(self) -> bool: return self.hooks.attached # is it attached to its model now
     @property
@@ -125,13 +92,13 @@ class Adapter:
         "Attach for a `with` block at dose `c`. `ValueError`: another model or a bad `c`; `RuntimeError`: attached already."
         return _Block(self, model, c)
 
-    def setup(self, model:nn.Module, cfg:LoRAConfig, layers:dict[str, nn.Module], tables:Tables, meta:Mapping=NONE) -> None:
+    def setup(self, model:nn.Module, cfg:LoRAConfig, layers:dict[str, nn.Module], tables:Tables, meta:Mapping|None=None) -> None:
         "Take numbers on, of a constructor or of a file whose header is `meta`; freeze the model."
         guard_4bit(model)
         self.model, self.cfg, self.layers, self.hooks = model, cfg, layers, Hooks(layers, self.adder)
         self.base = {name: fingerprint(layer) for name, layer in layers.items()}
-        _fill(self, tables)
-        self.settle(meta)
+        fill(self, tables)
+        self.settle(meta or {})
         model.requires_grad_(False)
         logger.info("%r", self)
 
@@ -147,27 +114,33 @@ class Adapter:
 
     def take_over(self, ck:Checkpoint, cfg:LoRAConfig) -> None:
         self.cfg = cfg
-        _refill(self, ck.tables)
+        refill(self, ck.tables)
         self.settle(ck.meta)
         self.hooks.refresh()
 
     def save(self, path:str|Path, extra_meta:Mapping[str, object]|None=None) -> None:
         "Write one safetensors file, atomically, or into a folder; `extra_meta` (JSON values) comes back with `read_metadata`."
+        for name, layer in self.layers.items(): check_unchanged(name, layer)
         header = dict(kind=self.kind, fingerprint=self.base, **config_meta(self.cfg)) | self.meta()
-        write_checkpoint(path, {table: getattr(self, table) for table in self.tables}, header, extra_meta or {})
+        write_file(path, {table: getattr(self, table) for table in self.tables}, header, extra_meta or {})
 
     def load(self, path:str|Path, strict:bool=True) -> None:
         "Take over a file's numbers in place, so that an optimizer keeps its parameters. `strict=False`: another base only warns."
         ck = read_checkpoint(path)
         cfg = replace(config_from(ck, self.config), dtype=self.cfg.dtype)
         self.check(self.model, ck, self.layers, strict, live=self.live())
-        _check_ranks(self, ck)
+        check_ranks(self, ck)
         self.take_over(ck, cfg)
 
     @classmethod
-    def from_checkpoint(cls, model:nn.Module, path:str|Path, strict:bool=True) -> "Adapter":
+    def from_checkpoint(cls, model:nn.Module, path:str|Path|Checkpoint, strict:bool=True) -> "Adapter":
         "The adapter of a file, on `model`: no decomposition, no random number. `strict=False`: another base only warns."
-        return _from_checkpoint(cls, model, read_checkpoint(path), strict)
+        ck = path if isinstance(path, Checkpoint) else read_checkpoint(path)
+        cfg, layers = layers_for(ck, model, config_from(ck, cls.config))
+        cls.check(model, ck, layers, strict)
+        adapter = cls.__new__(cls)
+        adapter.setup(model, cfg, layers, ck.tables, ck.meta)
+        return adapter
 
     def parameters(self) -> Iterator[nn.Parameter]: return (p for _, p in self.named_parameters()) # all that trains
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -177,14 +150,6 @@ class Adapter:
     def rank(self, name:str) -> int|None: return None # of what a layer adds, where that is a low-rank map
     def __repr__(self) -> str: return _describe(self)
     def _repr_html_(self) -> str: return f"<b>{html.escape(_describe(self))}</b>{_summary(self).to_html(index=False)}"
-
-# %% ../../nbs/3_adapters/02_adapter.ipynb #0daf02b9
-def _from_checkpoint(cls:type[Adapter], model:nn.Module, ck:Checkpoint, strict:bool) -> Adapter:
-    cfg, layers = layers_for(ck, model, config_from(ck, cls.config))
-    cls.check(model, ck, layers, strict)
-    adapter = cls.__new__(cls)
-    adapter.setup(model, cfg, layers, ck.tables, ck.meta)
-    return adapter
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #4661df7c
 def _describe(adapter:Adapter) -> str:
@@ -207,17 +172,11 @@ def load_adapter(model:nn.Module, # the base that the adapter was fitted to; it 
                 ) -> Adapter: # of the kind that the file names
     "The adapter of a file, whatever its kind. Errors as `from_checkpoint`, and `OSError` for a kind that nothing registered."
     ck = read_checkpoint(path)
-    if ck.meta["kind"] not in Adapter.kinds:
-        raise OSError(f"{ck.path}: of kind {ck.meta['kind']!r}; known here: {sorted(Adapter.kinds)}; import the module that defines it")
-    return _from_checkpoint(Adapter.kinds[ck.meta["kind"]], model, ck, strict)
+    if ck.kind not in Adapter.kinds:
+        raise OSError(f"{ck.path}: of kind {ck.kind!r}; known here: {sorted(Adapter.kinds)}; import the module that defines it")
+    return Adapter.kinds[ck.kind].from_checkpoint(model, ck, strict)
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #571232ae
-def _check_layer(adapter:Adapter, name:str) -> None:
-    if name in adapter.layers: return
-    near = difflib.get_close_matches(name, adapter.layers, n=1) or list(adapter.layers)[:1]
-    raise ValueError(f"{name!r} is not one of the adapter's {len(adapter.layers)} layers; did you mean {near[0]!r}?")
-
-# %% ../../nbs/3_adapters/02_adapter.ipynb #4bd128ec
 class LowRankAdapter(Adapter):
     "Adds `up · diag(offset + c · slope) · down · x`. Subclasses name the tables and give the slope."
     down: ClassVar[str] = "" # the table of inner factors (r, i)
@@ -233,9 +192,14 @@ class LowRankAdapter(Adapter):
     def adder(self, name:str, layer:nn.Module, hooks:Hooks) -> Adder:
         return LowRankAdder(name, layer, hooks, lambda: self.parts(name))
 
+    @classmethod
+    def check(cls, model:nn.Module, ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool, live:str|None=None) -> None:
+        super().check(model, ck, layers, strict, live)
+        check_shapes(cls, ck, layers)
+
     def factors(self, name:str, c:float|Tensor) -> LowRank:
         "What layer `name` gets at dose `c`: `down (r, i)`, `gain (r,)` or `(b, r)`, `up (o, r)`. `ValueError`: unknown name."
-        _check_layer(self, name)
+        check_layer(self.layers, name)
         down, slope, offset, up = self.parts(name)
         return LowRank(down, gain_at(c, slope, offset), up)
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Coeff', 'Parts', 'as_coeff', 'gain_at', 'Dose', 'Cell', 'GatedCell', 'check_gradient', 'Adder', 'LowRankAdder',
-           'Hooks', 'check_model']
+           'Hooks', 'check_model', 'check_layer']
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #9a6e3399
 import copy
+import difflib
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..maths.lowrank import LowRank
 from ..model.calls import ADDERS, NOTES, SPANS, guard, here_only, put, take
 from ..model.layers import is_linear
+from ..model.ledger import Whole
 from ..model.rows import Rows, check_rows, text_models
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #11f23718
@@ -127,7 +129,8 @@ def _places(model:nn.Module, layers:Mapping[str, nn.Module], rows:Rows) -> list[
     "Where notes and spans go."
     ids = set(map(id, layers.values()))
     blocks = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-    return [(m, NOTES, rows) for m in text_models(model)] + [(m, SPANS, _Span(m, ids)) for m in blocks]
+    notes = [(m, NOTES, note) for m in text_models(model) for note in (rows, Whole(model))]
+    return notes + [(m, SPANS, _Span(m, ids)) for m in blocks]
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #738f4ac9
 class Hooks:
@@ -157,8 +160,7 @@ class Hooks:
         if (device, dtype) not in self._cells: self._cells[device, dtype] = Cell(Dose(self._c, device, dtype))
         return self._cells[device, dtype]
 
-    def refresh(self) -> None:
-        "Read all tensors again, after tables were replaced while attached."
+    def refresh(self) -> None: # after tables were replaced while attached
         for adder in self._adders: adder.bind()
 
     def attach(self, model:nn.Module, c:float|Tensor=0.0) -> ExitStack: # closing it detaches
@@ -197,3 +199,10 @@ def check_model(adapter:object, # whatever has layers
     if not missing: return
     raise ValueError(f"the adapter was built on another model: {len(missing)} of its {len(adapter.layers)} layers are not in "
                      f"this {type(model).__name__} (first: {missing[0]}); build it on this one, or load it with from_checkpoint")
+
+# %% ../../nbs/3_adapters/00_hooks.ipynb #2ce969e9
+def check_layer(layers:Mapping[str, nn.Module], name:str) -> None:
+    "`ValueError` for a name that is not there, with one that is like it."
+    if name in layers: return
+    near = difflib.get_close_matches(name, layers, n=1) or list(layers)[:1]
+    raise ValueError(f"{name!r} is not one of the adapter's {len(layers)} layers; did you mean {near[0]!r}?")

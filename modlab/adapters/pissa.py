@@ -117,12 +117,13 @@ class ModulatedPiSSA(LowRankAdapter):
         logger.info(selection_line(self))
 
     @property
-    def extracted(self) -> bool: return is_extracted(self.layers, self._key) # asked of the ledger: `restore(model)` is seen
+    def extracted(self) -> bool: return bool(self._key) and is_extracted(self.layers, self._key) # `restore(model)` is seen
 
     @property
     def has_offset(self) -> bool: return self.extracted
     def slope(self, name:str) -> Float[Tensor, "r"]: return self.delta_s[name]
-    def offset(self, name:str) -> Float[Tensor, "r"]|None: return self.S[name] if self.extracted else None
+    def offset(self, name:str) -> Float[Tensor, "r"]|None: return self.S[name] if self._out(name) else None
+    def _out(self, name:str) -> bool: return bool(self._key) and is_extracted({name: self.layers[name]}, self._key)
     def held(self, name:str) -> LowRank: return LowRank(self.Vh[name], self.S[name], self.U[name]) # its directions in the base
 
     def restore_base_W(self) -> None:
@@ -139,20 +140,21 @@ class ModulatedPiSSA(LowRankAdapter):
         super().load(path, strict)
 
     @classmethod
-    def check(cls, model, ck, layers, strict, live=None):
+    def check(cls, model, ck, layers, strict, live=None) -> None:
         super().check(model, ck, layers, strict, live)
         _check_lengths(ck, layers)
         if ck.meta.get("extract", True): _check_extractable(model, layers)
         _check_directions(ck, layers, strict, live)
 
-    def new_id(self) -> str: return _round_id(self.S, self.layers) if self.cfg.extract else super().new_id()
+    def take_over(self, ck, cfg) -> None:
+        if self.attached and cfg.extract: raise RuntimeError(f"{ck.path}: holds an extracted adapter; leave the with block first")
+        if self.extracted: self.restore_base_W()
+        super().take_over(ck, cfg)
 
     def settle(self, meta:Mapping) -> None:
         super().settle(meta)
         self._key = extract(self.layers, self.id, self.held, self.keep_base) if self.cfg.extract else ""
 
-    def take_over(self, ck, cfg) -> None:
-        if self.extracted: self.restore_base_W()
-        super().take_over(ck, cfg)
-
+    def new_id(self) -> str: return _round_id(self.S, self.layers) if self.cfg.extract else super().new_id()
     def meta(self) -> dict: return super().meta() | dict(extract=self.extracted)
+    def folded_in(self) -> None: self.hooks.refresh()

@@ -8,6 +8,7 @@ __all__ = ['ADDERS', 'NOTES', 'SPANS', 'REPLAY', 'SLOTS', 'Adds', 'layer_input',
 
 # %% ../../nbs/2_model/08_calls.ipynb #049bd813
 import copy
+import copyreg
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,6 +60,8 @@ def _reduce_of(plain:type) -> Callable:
         if isinstance(made, str): return made
         function, args, *rest = made
         args = tuple(plain if a is type(self) else a for a in args)
+        if function is copyreg.__newobj__: # pickle insists on the object's own class there
+            function, args = copyreg._reconstructor, (plain, object, None)
         return function, args, *(_bare(part) if n == 0 else part for n, part in enumerate(rest))
     return __reduce_ex__
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'Entry', 'Ledger', 'ledger_of', 'open_ledger', 'note_change', 'extraction_ids', 'is_folded', 'fingerprint',
-           'few', 'stamp', 'check_unchanged', 'extractions_of', 'giving_back', 'check_whole', 'base_weight',
+           'few', 'stamp', 'check_unchanged', 'extractions_of', 'giving_back', 'check_whole', 'Whole', 'base_weight',
            'remaining']
 
-# %% ../../nbs/2_model/02_ledger.ipynb #4e86f646
+# %% ../../nbs/2_model/02_ledger.ipynb #ace3198e
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from weakref import WeakKeyDictionary
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from ..maths.fingerprint import look, print_of, same_look, same_sample
 from ..maths.lowrank import LowRank
 from .layers import dense_weight, why_fixed
 
-# %% ../../nbs/2_model/02_ledger.ipynb #247ea862
+# %% ../../nbs/2_model/02_ledger.ipynb #9ff63e5f
 @dataclass(eq=False)
 class Entry:
     "One change of a layer's weight that is in force."
@@ -57,7 +58,7 @@ class Ledger:
         given = set().union(*(e.gives for e in self.folds))
         return [e for e in self.extractions if e.owner not in given]
 
-# %% ../../nbs/2_model/02_ledger.ipynb #455fd518
+# %% ../../nbs/2_model/02_ledger.ipynb #9eea45ba
 LOCK = threading.RLock() # one for all ledgers
 _NAME = "_modlab_ledger" # where a layer keeps its own
 _STATE = SimpleNamespace(changes=0) # counts what may turn a whole model into one that is not, or back
@@ -89,7 +90,7 @@ def few(names:Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
-# %% ../../nbs/2_model/02_ledger.ipynb #ab0da6fe
+# %% ../../nbs/2_model/02_ledger.ipynb #7dba8605
 def _place(layer:nn.Module) -> tuple:
     w = layer.weight
     return w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device
@@ -113,7 +114,7 @@ def check_unchanged(name:str, layer:nn.Module) -> None:
                            "restore(model) before the write")
     stamp(layer, ledger)
 
-# %% ../../nbs/2_model/02_ledger.ipynb #36f9a900
+# %% ../../nbs/2_model/02_ledger.ipynb #b551eefc
 def extractions_of(layers:Mapping[str, nn.Module], owner:str) -> dict[str, Entry]: # full name -> the entry
     "The extraction of one owner, on the layers that have it."
     pairs = ((name, e) for name, layer in layers.items() for e in ledger_of(layer).extractions)
@@ -132,7 +133,7 @@ def giving_back(layers:Mapping[str, nn.Module], owner:str,
     try: yield
     finally: add(-1)
 
-# %% ../../nbs/2_model/02_ledger.ipynb #c285d5d1
+# %% ../../nbs/2_model/02_ledger.ipynb #62dc81cf
 _MISSING = WeakKeyDictionary() # model -> (number of changes, [(name, entry)]): a memory that may be lost at any time
 
 def check_whole(model:nn.Module) -> None:
@@ -145,7 +146,13 @@ def check_whole(model:nn.Module) -> None:
         raise RuntimeError(f"these weights are not the base: extraction {next(iter(left.values()))} is in force on {few(left)} "
                            "and not given back; attach its adapter, put it into a PiSSAHistoryBake, or call restore(model)")
 
-# %% ../../nbs/2_model/02_ledger.ipynb #85fb8192
+class Whole:
+    "What stands beside a forward of a model and asks this before it."
+    def __init__(self, model:nn.Module): self.model = model
+    def note(self, args:tuple, kwargs:Mapping) -> None:
+        if not torch.compiler.is_compiling(): check_whole(self.model)
+
+# %% ../../nbs/2_model/02_ledger.ipynb #18836304
 def base_weight(layer:nn.Module, owner:str|None=None) -> Float[Tensor, "o i"]:
     "The weight as it was before the extraction of `owner`; the weight as it is if there is none, or if that was not kept."
     entry = extractions_of({"": layer}, owner or "").get("")

@@ -26,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapters.adapter import Adapter
 from ..adapters.hooks import as_coeff, gain_at
-from ..adapters.files import exactly, few
+from ..model.ledger import few
+from ..model.legacy import exactly
 from ..adapters.lora import ModulatedLoRA
 from ..maths.lowrank import LowRank, stack
 from ..model.targets import LoRAConfig, linear_layers
