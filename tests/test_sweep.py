@@ -4,13 +4,14 @@ import math
 import pandas as pd
 import pytest
 import torch
-from models import adapter_of, build, changes, state
+from models import adapter_of, build, changes, hooks, state
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
 from modlab import (
     AGGREGATES,
     Calibration,
     ModulatedLoRA,
+    ModulatedPiSSA,
     aggregate,
     calibrate_c,
     capture_activations,
@@ -20,6 +21,7 @@ from modlab import (
     kl_curve,
     kl_fwd,
     kl_rev,
+    restore,
     tiny_model,
     token_nll,
 )
@@ -133,6 +135,20 @@ def test_a_record_that_is_left_out_is_warned_of_once():
     a, records = adapter_of("lora", model), [*PAIRS, PAIRS[0] | dict(rej="")]
     with pytest.warns(UserWarning) as said: kl_curve(model, tok, a, records, [1])
     assert [str(w.message) for w in said if "left out" in str(w.message)] == [str(said[0].message)]
+
+
+@pytest.mark.parametrize("measure", [lambda *args: kl_curve(*args, PAIRS, [1.0]), lambda *args: calibrate_c(*args, PAIRS, 0.01)])
+def test_an_extraction_that_is_not_given_back_is_refused(measure):
+    "Its adapter's variable is gone or another adapter is measured: c = 0 would be a model without its directions."
+    model, tok = tiny_model()
+    other = adapter_of("lora", model)
+    ModulatedPiSSA(model, r=4, selection_score="s_only")
+    fresh = ModulatedLoRA(model, r=2)
+    for a in (other, fresh):
+        with pytest.raises(RuntimeError, match="restore"): measure(model, tok, a)
+        assert not a.attached and not hooks(model)
+    restore(model)
+    measure(model, tok, other)
 
 
 def test_dropout_is_no_divergence():
