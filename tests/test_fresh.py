@@ -133,8 +133,7 @@ def test_where_older_versions_are_pinned_cells_are_run_alone(tmp_path, light, mo
     assert found[stale] == [] and "ZeroDivisionError" in found[broken][0]
 
 
-def test_a_process_that_dies_is_a_failure(tmp_path, light, monkeypatch):
-    monkeypatch.setattr(runner, "PATIENCE", 3)
+def test_a_process_that_dies_is_a_failure(tmp_path, light):
     good, killed = notebook(tmp_path, "good", ("1", [value("1")])), notebook(tmp_path, "killed", ("import os; os._exit(1)", []))
     found = runner.run_all([good, killed], tmp_path)
     assert found[good] == [] and "did not end" in found[killed][0]

@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from importlib.metadata import distributions
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import nbformat
@@ -68,10 +69,25 @@ def run(path: Path, root: Path) -> list[str]:
     return problems
 
 
-def timed(job: tuple[Path, Path]) -> tuple[Path, list[str], float]:
-    "One notebook in a process of its own: its problems, and the seconds that it took."
+def timed(path: Path, root: Path, answer) -> None:
+    "One notebook in a process of its own: sends its problems, and the seconds that it took."
     start = time.perf_counter()
-    return job[0], run(*job), time.perf_counter() - start
+    answer.send((run(path, root), time.perf_counter() - start))
+
+
+def begin(path: Path, root: Path):
+    "The end of a pipe on which a notebook's result will come; it is closed where the process dies first."
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    context.Process(target=timed, args=(path, root, theirs), daemon=True).start()
+    theirs.close()
+    return ours
+
+
+def result(answer) -> tuple[list[str], float]:
+    "What came of a notebook."
+    try: return answer.recv()
+    except EOFError: return ["did not end: its process was killed, or failed outside of a cell"], 0.0
 
 
 def run_all(paths: list[Path], root: Path) -> dict[Path, list[str]]:
@@ -81,16 +97,19 @@ def run_all(paths: list[Path], root: Path) -> dict[Path, list[str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in HEAVY: __import__(name)
-    found = {}
-    with multiprocessing.get_context("fork").Pool(WORKERS, maxtasksperchild=1) as pool:
-        done = pool.imap_unordered(timed, [(p, root) for p in paths], chunksize=1)
-        while len(found) < len(paths):
-            try: path, problems, seconds = done.next(timeout=PATIENCE)
-            except multiprocessing.TimeoutError: break  # also where a process was killed: the pool itself would wait for ever
+    found, ahead, running = {}, list(paths), {}
+    while ahead or running:
+        while ahead and len(running) < WORKERS:
+            path = ahead.pop(0)
+            running[begin(path, root)] = path
+        done = wait(list(running), timeout=PATIENCE)
+        if not done: sys.exit(f"{', '.join(p.name for p in running.values())}: a cell hangs, {PATIENCE} s without an answer")
+        for answer in done:
+            path, (problems, seconds) = running.pop(answer), result(answer)
             found[path] = problems
             print(f"  {seconds:4.0f} s  {path.relative_to(root)}", flush=True)
             for problem in problems: print(f"{path.relative_to(root)}: {problem}\n", flush=True)
-    return found | {p: ["did not end: its process was killed, or a cell hangs"] for p in paths if p not in found}
+    return found
 
 
 # ---- what is known already ----
