@@ -31,7 +31,7 @@ NOT_YET = {
              "show.explore", "show.plots", "show.study"},
     "deep": {"ModulatedLoRA", "ModulatedPiSSA"},
     "many": {"modlab"},
-    "next": {"00_lowrank", "02_scores", "03_divergence", "04_loading", "05_readout", "03_lora", "04_pissa",
+    "next": {"00_lowrank", "02_scores", "03_divergence", "05_loading", "06_readout", "03_lora", "04_pissa",
              "06_history", "00_activations", "04_contrast", "00_dose", "00_plots",
              "02_explore"},
 }

@@ -149,7 +149,7 @@ class House:
         found = {name: set() for name in self.modules}
         for m in [*self.modules.values(), *self.pages * pages]:
             for base, names in m.imports().items():
-                whole = {f"{base}.{n}".lstrip(".") for n in names} | {base}
+                whole = {f"{base}.{n}".lstrip(".") for n in names} or {base}
                 for module in whole & found.keys() - {m.name}: found[module] |= reached(m, module.split(".")[-1])
                 if base in found and base != m.name: found[base] |= names
         return found
