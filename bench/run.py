@@ -18,7 +18,8 @@ import torch
 from healing import healing_rows
 from peft import LoraConfig, get_peft_model
 
-from modlab import LoRAConfig, ModulatedLoRA, ModulatedPiSSA, baked, find_targets, load_model, thin_svds
+from modlab import LoRAConfig, ModulatedLoRA, ModulatedPiSSA, baked, find_targets, load_model
+from modlab.model.cache import thin_svds
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

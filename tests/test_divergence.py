@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modlab import AGGREGATES, aggregate, barrier, kl_fwd, kl_rev, token_nll
+from modlab import aggregate, kl_fwd, kl_rev, token_nll
+from modlab.maths.divergence import AGGREGATES, barrier
 
 
 def probabilities(logits):

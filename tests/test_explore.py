@@ -19,7 +19,8 @@ import torch
 from models import adapter_of, changes, hooks, state
 from test_legacy import pissa_file
 
-from modlab import Calibration, ModulatedLoRA, ModulatedPiSSA, Study, explore, kl_curve, load_pairs, spectrum_table, tiny_model
+from modlab import Calibration, ModulatedLoRA, ModulatedPiSSA, explore, kl_curve, load_pairs, spectrum_table, tiny_model
+from modlab.show.study import Study
 from modlab.show.beside import write_beside
 from modlab.show.latest import Latest, Stale, breaking_off
 from modlab.show.page import beside, failed, no_reading, page, reading, widgets_of

@@ -7,24 +7,10 @@ import torch
 from models import adapter_of, build, changes, hooks, state
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
-from modlab import (
-    AGGREGATES,
-    Calibration,
-    ModulatedLoRA,
-    ModulatedPiSSA,
-    aggregate,
-    calibrate_c,
-    capture_activations,
-    collate,
-    encode_records,
-    gradient_cosine,
-    kl_curve,
-    kl_fwd,
-    kl_rev,
-    restore,
-    tiny_model,
-    token_nll,
-)
+from modlab import (Calibration, ModulatedLoRA, ModulatedPiSSA, aggregate, calibrate_c, capture_activations, collate,
+                    gradient_cosine, kl_curve, kl_fwd, kl_rev, restore, tiny_model, token_nll)
+from modlab.maths.divergence import AGGREGATES
+from modlab.model.text import encode_records
 from modlab.measure.crossing import crossing
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -4,7 +4,8 @@ import torch
 from models import adapter_of, build
 from tokenizers import processors
 
-from modlab import batches, capture_activations, contrast, encode, encode_records, heal, kl_curve
+from modlab import batches, capture_activations, contrast, encode, heal, kl_curve
+from modlab.model.text import encode_records
 from modlab.learn.contrast import ContrastConfig
 from modlab.learn.heal import HealConfig
 from modlab.model.text import Batch, prompt_ids
