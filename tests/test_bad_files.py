@@ -208,3 +208,60 @@ def test_extra_meta_that_is_no_json(tmp_path, extra):
     a = adapter_of("lora", build())
     with pytest.raises(ValueError, match="extra_meta"): a.save(tmp_path / "a", extra_meta=extra)
     assert not list(tmp_path.iterdir())
+
+
+# ---- values that pass for something else ----
+
+@pytest.mark.parametrize("kind, key", [("lora", "A"), ("lora", "B"), ("pissa-extracted", "U"), ("pissa-extracted", "S"),
+                                       ("pissa-unextracted", "delta_s"), ("pissa-unextracted", "spectrum")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite(tmp_path, kind, key, value):
+    adapter_of(kind, build()).save(tmp_path / "a")
+    name = f"{key}.model.layers.1.mlp.up_proj"
+    t = load_file(tmp_path / "a")[name].clone()
+    t.view(-1)[1] = value
+    rewrite(tmp_path / "a", **{name: t})
+    refused(tmp_path / "a", OSError, ["NaN or infinite", re.escape(name)], kind, LOADS)
+
+
+@pytest.mark.parametrize("header", [{"scale": None}, {"scale": {"x": "1"}}, {"fingerprint": None}, {"kind": ["x"]}, {"dtype": 3},
+                                    {"r": []}, {"r": 2.5}, {"targets": "q"}, {"layer_range": [0.1]}, {"id": 7}, {"alpha": "x"},
+                                    {"extract": "yes"}, {"init": None}, {"exclude": [1]}, {"selection_score": 1}], ids=str)
+def test_a_header_value_of_another_type(tmp_path, header):
+    adapter_of("pissa-extracted", build()).save(tmp_path / "a")
+    rewrite(tmp_path / "a", header)
+    refused(tmp_path / "a", OSError, [next(iter(header)), "makes no sense"], "pissa-extracted", LOADS)
+
+
+@pytest.mark.parametrize("how", ["none", "infinite", "empty", "null", "short", "a layer less"])
+def test_a_fingerprint_that_would_match_every_base(tmp_path, how):
+    adapter_of("lora", build(seed=1)).save(tmp_path / "a")
+    prints = read_metadata(tmp_path / "a")["fingerprint"]
+    for name, mark in prints.items():
+        sample = {"infinite": [float("inf")] * 256, "empty": [], "short": mark["sample"][:1]}.get(how, mark["sample"])
+        prints[name] = None if how == "null" else mark | dict(sample=sample)
+    if how == "none": prints = {}
+    if how == "a layer less": prints.pop(name)
+    rewrite(tmp_path / "a", {"fingerprint": prints})
+    refused(tmp_path / "a", OSError, ["fingerprint"], "lora", LOADS)
+
+
+@pytest.mark.parametrize("table", ["spectrum", "chosen_idx"])
+def test_an_optional_table_that_is_there_in_part(tmp_path, table):
+    adapter_of("pissa-extracted", build()).save(tmp_path / "a")
+    rewrite(tmp_path / "a", drop=[rf"^{table}\.model\.layers\.1\.mlp\.up_proj"])
+    refused(tmp_path / "a", OSError, ["incomplete", table], "pissa-extracted", LOADS)
+
+
+def test_a_pattern_that_would_take_for_ever_is_not_searched_for(tmp_path):
+    a = adapter_of("lora", build())
+    a.save(tmp_path / "a")
+    rewrite(tmp_path / "a", {"targets": ["^(([a-z0-9_.])+)+!$"]})
+    assert list(load_adapter(build(), tmp_path / "a").layers) == list(a.layers)
+
+
+def test_a_header_that_is_nested_without_end(tmp_path):
+    adapter_of("lora", build()).save(tmp_path / "a")
+    with safe_open(tmp_path / "a", "pt") as f: meta = f.metadata()
+    save_file(load_file(tmp_path / "a"), tmp_path / "a", {**meta, "note": "[" * 100_000})
+    refused(tmp_path / "a", OSError, ["makes no sense"], "lora", LOADS)

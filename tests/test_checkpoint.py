@@ -171,3 +171,36 @@ def test_saving_where_no_file_can_be_written_is_an_oserror_that_names_it(tmp_pat
     (tmp_path / "adapter.safetensors").mkdir()
     with pytest.raises(OSError, match=str(tmp_path)): a.save(tmp_path)
     assert [p.name for p in tmp_path.rglob("*")] == ["adapter.safetensors"]
+
+
+@every_kind
+def test_a_file_is_opened_once(tmp_path, kind, monkeypatch):
+    adapter_of(kind, build()).save(tmp_path / "a")
+    calls, real = [], format.safe_open
+    monkeypatch.setattr(format, "safe_open", lambda *args: calls.append(args) or real(*args))
+    load_adapter(build(), tmp_path / "a")
+    assert len(calls) == 1
+
+
+def test_shared_and_strided_tables_are_saved_whole(tmp_path):
+    model = build()
+    a = adapter_of("lora", model, targets=("q_proj",))
+    first, second = list(a.layers)[:2]
+    a.A[second] = a.A[first]
+    a.B[first] = torch.nn.Parameter(torch.randn(6, 64).T)
+    a.B[second] = torch.nn.Parameter(torch.randn(64, 12)[:, ::2])
+    a.save(tmp_path / "a")
+    b = load_adapter(build(), tmp_path / "a")
+    for n in a.layers: assert torch.equal(a.A[n], b.A[n]) and torch.equal(a.B[n], b.B[n])
+
+
+def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path):
+    import resource
+    a, limit = adapter_of("lora", build()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    a.save(tmp_path / "a")
+    before = (tmp_path / "a").read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=str(tmp_path / "a")): a.save(tmp_path / "a")
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (tmp_path / "a").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a"]

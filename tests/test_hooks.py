@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CONFIGS, KINDS, adapter_of, build, changes, gap, half, hooks, logits, seeded, state, tokens
+from models import KINDS, adapter_of, build, changes, gap, half, hooks, logits, seeded, state, tokens
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from modlab import ModulatedLoRA
 from modlab.adapters.hooks import Adder, Hooks, LowRankAdder
@@ -292,6 +291,9 @@ def test_a_file_that_is_loaded_inside_the_block_is_seen(kind, tmp_path):
     with torch.no_grad():
         for p in a.parameters(): p.mul_(2)
     with a(model, 1.0):
+        if kind == "pissa-extracted":
+            with pytest.raises(RuntimeError, match="leave the with block"): a.load(tmp_path / "a")
+            return
         a.load(tmp_path / "a")
         assert gap(logits(model, ids), y) < 2**-18
 
@@ -329,7 +331,7 @@ def test_the_models_that_tell_the_rows_hold_the_token_embedding():
     assert "model.language_model" in names and not [n for n in names if "vision" in n]
     assert batch_shape((torch.ones(2, 3, 8, 8),), {}) is None and batch_shape((torch.ones(2, 3),), {}) == (2, 3)
     assert batch_shape((), dict(input_ids=torch.ones(2, 3), pixel_values=None)) == (2, 3)
-    assert text_models(nn.Linear(2, 2))[0].in_features == 2 and "llama" not in CONFIGS
+    assert text_models(nn.Linear(2, 2))[0].in_features == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------- in and out
@@ -344,17 +346,15 @@ def test_a_call_without_with_says_so():
         with pytest.raises(ValueError, match="finite"), a(model, float("nan")): pass
 
 
+class Final(nn.Linear):
+    "A class that takes no subclass."
+    def __init_subclass__(cls): raise TypeError("this class is final")
+
+
 def test_a_class_that_cannot_change_is_refused_by_name():
-    class Slotted(nn.Linear):
-        __slots__ = ("extra",)
-    scripted = torch.jit.script(nn.Linear(3, 3))
-    item = Hooks({}, lambda *args: None)
-    with pytest.raises(RuntimeError, match="cannot be changed|nothing can be attached"): put(scripted, ADDERS, item)
-    assert not set(vars(scripted)) & {ADDERS}
-    layer = Slotted(3, 3)
-    put(layer, ADDERS, item)
-    take(layer, ADDERS, item)
-    assert type(layer) is Slotted
+    layer = Final(3, 3)
+    with pytest.raises(RuntimeError, match="nothing can be attached to a Final.*this class is final"): put(layer, ADDERS, Hooks)
+    assert type(layer) is Final and not set(vars(layer)) & {ADDERS}
 
 
 def test_names_and_forward_are_those_of_the_plain_class():
@@ -395,11 +395,10 @@ def test_anything_with_an_add_can_be_attached_and_a_gate_is_asked():
 
 def test_a_slope_that_is_computed_gets_its_gradient():
     model, theta = build(), nn.Parameter(torch.ones(2))
-    parts = lambda: (torch.ones(2, 64), theta * 3, None, torch.ones(96, 2))
     out = model.lm_head.out_features
     parts = lambda: (torch.ones(2, 64), theta * 3, None, torch.ones(out, 2))
     hooks_ = Hooks({"head": model.lm_head}, lambda name, layer, h: LowRankAdder(name, layer, h, parts))
     model.requires_grad_(False)
     with hooks_.attach(model, 1.0):
         for _ in range(2): model(tokens()).logits.sum().backward()
-    assert theta.grad is not None and theta.grad.abs().min() > 0 and checkpoint
+    assert theta.grad is not None and theta.grad.abs().min() > 0

@@ -6,7 +6,6 @@
 __all__ = ['check_entry', 'Adapter', 'load_adapter', 'LowRankAdapter']
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #a5324da3
-import difflib
 import html
 import logging
 import secrets
@@ -15,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import ClassVar
 
 import pandas as pd
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 
 from .files import (Checkpoint, check_file, check_ranks, check_shapes, config_from, config_meta, fill, layers_for,
                                    read_checkpoint, refill)
-from .hooks import Adder, Coeff, Hooks, LowRankAdder, Parts, check_model, gain_at
+from .hooks import Adder, Coeff, Hooks, LowRankAdder, Parts, check_layer, check_model, gain_at
 from ..maths.lowrank import LowRank
 from ..model.format import Tables, write_file
 from ..model.layers import guard_4bit, layer_shape
@@ -34,7 +32,6 @@ from ..model.targets import LoRAConfig, role_of
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #2c72bca1
 logger = logging.getLogger("modlab")
-NONE = MappingProxyType({}) # the header of what comes from no file
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #0931644c
 def check_entry(adapter:"Adapter", model:nn.Module) -> None:
@@ -81,9 +78,7 @@ class Adapter:
 
     def __init_subclass__(cls):
         if cls.__dict__.get("kind"): Adapter.kinds[cls.kind] = cls
-
     def adder(self, name:str, layer:nn.Module, hooks:Hooks) -> Adder: raise NotImplementedError # what one layer adds
-
     @property
     def attached(self) -> bool: return self.hooks.attached # is it attached to its model now
     @property
@@ -97,13 +92,13 @@ class Adapter:
         "Attach for a `with` block at dose `c`. `ValueError`: another model or a bad `c`; `RuntimeError`: attached already."
         return _Block(self, model, c)
 
-    def setup(self, model:nn.Module, cfg:LoRAConfig, layers:dict[str, nn.Module], tables:Tables, meta:Mapping=NONE) -> None:
+    def setup(self, model:nn.Module, cfg:LoRAConfig, layers:dict[str, nn.Module], tables:Tables, meta:Mapping|None=None) -> None:
         "Take numbers on, of a constructor or of a file whose header is `meta`; freeze the model."
         guard_4bit(model)
         self.model, self.cfg, self.layers, self.hooks = model, cfg, layers, Hooks(layers, self.adder)
         self.base = {name: fingerprint(layer) for name, layer in layers.items()}
         fill(self, tables)
-        self.settle(meta)
+        self.settle(meta or {})
         model.requires_grad_(False)
         logger.info("%r", self)
 
@@ -138,9 +133,14 @@ class Adapter:
         self.take_over(ck, cfg)
 
     @classmethod
-    def from_checkpoint(cls, model:nn.Module, path:str|Path, strict:bool=True) -> "Adapter":
+    def from_checkpoint(cls, model:nn.Module, path:str|Path|Checkpoint, strict:bool=True) -> "Adapter":
         "The adapter of a file, on `model`: no decomposition, no random number. `strict=False`: another base only warns."
-        return _from_checkpoint(cls, model, read_checkpoint(path), strict)
+        ck = path if isinstance(path, Checkpoint) else read_checkpoint(path)
+        cfg, layers = layers_for(ck, model, config_from(ck, cls.config))
+        cls.check(model, ck, layers, strict)
+        adapter = cls.__new__(cls)
+        adapter.setup(model, cfg, layers, ck.tables, ck.meta)
+        return adapter
 
     def parameters(self) -> Iterator[nn.Parameter]: return (p for _, p in self.named_parameters()) # all that trains
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -150,14 +150,6 @@ class Adapter:
     def rank(self, name:str) -> int|None: return None # of what a layer adds, where that is a low-rank map
     def __repr__(self) -> str: return _describe(self)
     def _repr_html_(self) -> str: return f"<b>{html.escape(_describe(self))}</b>{_summary(self).to_html(index=False)}"
-
-# %% ../../nbs/3_adapters/02_adapter.ipynb #0daf02b9
-def _from_checkpoint(cls:type[Adapter], model:nn.Module, ck:Checkpoint, strict:bool) -> Adapter:
-    cfg, layers = layers_for(ck, model, config_from(ck, cls.config))
-    cls.check(model, ck, layers, strict)
-    adapter = cls.__new__(cls)
-    adapter.setup(model, cfg, layers, ck.tables, ck.meta)
-    return adapter
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #4661df7c
 def _describe(adapter:Adapter) -> str:
@@ -182,15 +174,9 @@ def load_adapter(model:nn.Module, # the base that the adapter was fitted to; it 
     ck = read_checkpoint(path)
     if ck.kind not in Adapter.kinds:
         raise OSError(f"{ck.path}: of kind {ck.kind!r}; known here: {sorted(Adapter.kinds)}; import the module that defines it")
-    return _from_checkpoint(Adapter.kinds[ck.kind], model, ck, strict)
+    return Adapter.kinds[ck.kind].from_checkpoint(model, ck, strict)
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #571232ae
-def _check_layer(adapter:Adapter, name:str) -> None:
-    if name in adapter.layers: return
-    near = difflib.get_close_matches(name, adapter.layers, n=1) or list(adapter.layers)[:1]
-    raise ValueError(f"{name!r} is not one of the adapter's {len(adapter.layers)} layers; did you mean {near[0]!r}?")
-
-# %% ../../nbs/3_adapters/02_adapter.ipynb #4bd128ec
 class LowRankAdapter(Adapter):
     "Adds `up · diag(offset + c · slope) · down · x`. Subclasses name the tables and give the slope."
     down: ClassVar[str] = "" # the table of inner factors (r, i)
@@ -213,7 +199,7 @@ class LowRankAdapter(Adapter):
 
     def factors(self, name:str, c:float|Tensor) -> LowRank:
         "What layer `name` gets at dose `c`: `down (r, i)`, `gain (r,)` or `(b, r)`, `up (o, r)`. `ValueError`: unknown name."
-        _check_layer(self, name)
+        check_layer(self.layers, name)
         down, slope, offset, up = self.parts(name)
         return LowRank(down, gain_at(c, slope, offset), up)
 

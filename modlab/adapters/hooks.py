@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Coeff', 'Parts', 'as_coeff', 'gain_at', 'Dose', 'Cell', 'GatedCell', 'check_gradient', 'Adder', 'LowRankAdder',
-           'Hooks', 'check_model']
+           'Hooks', 'check_model', 'check_layer']
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #9a6e3399
 import copy
+import difflib
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -198,3 +199,10 @@ def check_model(adapter:object, # whatever has layers
     if not missing: return
     raise ValueError(f"the adapter was built on another model: {len(missing)} of its {len(adapter.layers)} layers are not in "
                      f"this {type(model).__name__} (first: {missing[0]}); build it on this one, or load it with from_checkpoint")
+
+# %% ../../nbs/3_adapters/00_hooks.ipynb #2ce969e9
+def check_layer(layers:Mapping[str, nn.Module], name:str) -> None:
+    "`ValueError` for a name that is not there, with one that is like it."
+    if name in layers: return
+    near = difflib.get_close_matches(name, layers, n=1) or list(layers)[:1]
+    raise ValueError(f"{name!r} is not one of the adapter's {len(layers)} layers; did you mean {near[0]!r}?")
