@@ -39,7 +39,7 @@ def same_weight(a:Mapping, b:Mapping) -> bool: # prints
 def look(W:Float[Tensor, "o i"]) -> list[float]: # two sums over all values, then the sample
     "What a matrix looks like, in at most 258 numbers."
     wide = torch.float32 if W.device.type == "mps" else torch.float64
-    rows = W.sum(1, dtype=wide)
+    rows = W.sum(1, dtype=torch.promote_types(W.dtype, torch.float32)).to(wide)
     growing = torch.linspace(0, 1, len(rows), dtype=wide, device=W.device)
     return torch.cat([rows.sum()[None], (rows @ growing)[None], sampled(W).to(wide)]).tolist()
 

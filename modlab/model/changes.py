@@ -55,8 +55,8 @@ def _drop(layer:nn.Module, entry:Entry) -> None:
     for later, before in zip(ledger.entries[at + 1:], befores): later.before = before
     ledger.entries.remove(entry)
     note_change()
-    stamp(layer, ledger)
-    _unguard(ledger)
+    if ledger.entries: stamp(layer, ledger)
+    else: _unguard(ledger)
 
 # %% ../../nbs/2_model/03_changes.ipynb #8278bea4
 def _refuse_saving(layer:nn.Module, prefix:str, keep_vars:bool) -> None:
@@ -119,7 +119,7 @@ def put_back(layers:Mapping[str, nn.Module], owner:str) -> None:
 # %% ../../nbs/2_model/03_changes.ipynb #a6724169
 def _summed(name:str, layer:nn.Module, m:LowRank) -> Tensor: # (o, i)
     W = fold(dense_weight(layer), m)
-    if W.isfinite().all(): return W
+    if W.sum(dtype=torch.promote_types(W.dtype, torch.float32)).isfinite(): return W # one that is not makes the sum so
     raise ValueError(f"{name}: the folded weight is not finite in {W.dtype}; use a smaller c, or a dtype of wider range")
 
 def folded(layers:Mapping[str, nn.Module], # full name -> layer

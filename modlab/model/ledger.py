@@ -37,6 +37,7 @@ class Entry:
 
     def __getstate__(self) -> dict: return self.__dict__ | dict(attached=0, held=0)
 
+# %% ../../nbs/2_model/02_ledger.ipynb #9eea45ba
 @dataclass(eq=False)
 class Ledger:
     "What is true of a layer's weight now."
@@ -58,7 +59,7 @@ class Ledger:
         given = set().union(*(e.gives for e in self.folds))
         return [e for e in self.extractions if e.owner not in given]
 
-# %% ../../nbs/2_model/02_ledger.ipynb #9eea45ba
+# %% ../../nbs/2_model/02_ledger.ipynb #f893c4c8
 LOCK = threading.RLock() # one for all ledgers
 _NAME = "_modlab_ledger" # where a layer keeps its own
 _STATE = SimpleNamespace(changes=0) # counts what may turn a whole model into one that is not, or back
@@ -80,10 +81,12 @@ def extraction_ids(layer:nn.Module) -> list[str]: # oldest first
 
 def is_folded(layer:nn.Module) -> bool: return bool(ledger_of(layer).folds) # inside a `baked` block?
 
+# %% ../../nbs/2_model/02_ledger.ipynb #b0ccdd53
 def fingerprint(layer:nn.Module) -> dict: # {shape: [o, i], sample: numbers, rounds: ids}
     "A strided sample of the layer's original weight, and the ids of the extractions in force."
-    ledger = ledger_of(layer)
-    return (ledger.base if ledger.entries else print_of(dense_weight(layer))) | dict(rounds=extraction_ids(layer))
+    with LOCK:
+        ledger = ledger_of(layer)
+        return (ledger.base if ledger.entries else print_of(dense_weight(layer))) | dict(rounds=extraction_ids(layer))
 
 def few(names:Iterable[str]) -> str:
     "The first three names, and how many more there are."
@@ -99,13 +102,7 @@ def stamp(layer:nn.Module, ledger:Ledger) -> None:
     "Note what the weight looks like, now that modlab has written it."
     ledger.place, ledger.look = _place(layer), look(dense_weight(layer))
 
-def check_unchanged(name:str, layer:nn.Module) -> None:
-    "`RuntimeError` if somebody else wrote into the weight while an entry is in force. A move or a cast is taken over."
-    ledger = ledger_of(layer)
-    if not ledger.entries: return
-    if why := why_fixed(layer):
-        raise RuntimeError(f"{name} {why} by now, and a part of it was taken out or folded in before; load the model anew, and "
-                           "call restore(model) before such a change")
+def _check_written(name:str, layer:nn.Module, ledger:Ledger) -> None:
     W = dense_weight(layer)
     if ledger.place == _place(layer) and same_sample(ledger.look, W): return
     if not same_look(ledger.look, W, ledger.place[2]):
@@ -113,6 +110,16 @@ def check_unchanged(name:str, layer:nn.Module) -> None:
                            "it was taken out or folded in; restore(model, force=True) drops what was written. Next time call "
                            "restore(model) before the write")
     stamp(layer, ledger)
+
+# %% ../../nbs/2_model/02_ledger.ipynb #c5cd440e
+def check_unchanged(name:str, layer:nn.Module) -> None:
+    "`RuntimeError` if somebody else wrote into the weight while an entry is in force. A move or a cast is taken over."
+    if not ledger_of(layer).entries: return
+    if why := why_fixed(layer):
+        raise RuntimeError(f"{name} {why} by now, and a part of it was taken out or folded in before; load the model anew, and "
+                           "call restore(model) before such a change")
+    with LOCK: # or another thread's change would be half done
+        if ledger_of(layer).entries: _check_written(name, layer, ledger_of(layer))
 
 # %% ../../nbs/2_model/02_ledger.ipynb #b551eefc
 def extractions_of(layers:Mapping[str, nn.Module], owner:str) -> dict[str, Entry]: # full name -> the entry
