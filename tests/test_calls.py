@@ -135,11 +135,15 @@ def test_two_adapters_nested_add_up(outer, inner):
     a, b = half(outer, model, seed=3), half(inner, model, seed=5)
     before, ids, (name, layer) = state(model), tokens(), list(a.layers.items())[2]
     x = torch.randn(4, layer.in_features, generator=seeded(1))
+    def alone(): # an extraction that nobody gives back is an error; at 0 its adapter does no more than give it back
+        if inner != "pissa-extracted": return logits(model, ids)
+        with pytest.raises(RuntimeError, match="not given back"): logits(model, ids)
+        with b(model, 0.0): return logits(model, ids)
     with torch.no_grad(), a(model, 1.0):
-        only = logits(model, ids)
+        only = alone()
         with b(model, torch.tensor([0.5, -1.0, 2.0])): both = logits(model, ids)
         with b(model, 0.5): y = layer(x)
-        assert torch.equal(logits(model, ids), only) and a.attached and not b.attached
+        assert torch.equal(alone(), only) and a.attached and not b.attached
         assert gap(y, x @ (layer.weight + a.delta(name, 1.0) + b.delta(name, 0.5)).T) < CLOSE
     with b(model, -1.0), a(model, 1.0): assert gap(logits(model, ids)[1], both[1]) < CLOSE < gap(only[1], both[1])
     assert not changes(before, model)

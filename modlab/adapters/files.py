@@ -96,7 +96,8 @@ def _describes(cfg:LoRAConfig, model:nn.Module, layers:Mapping[str, nn.Module]) 
 def _check_tables(kind:type, ck:Checkpoint) -> None:
     "`OSError` unless the file has the tables of its kind, each for all of its layers."
     if ck.kind != kind.kind:
-        raise ValueError(f"{ck.path}: holds an adapter of kind {ck.kind!r}, not {kind.kind!r}; load_adapter(model, path) reads either")
+        raise ValueError(f"{ck.path}: holds an adapter of kind {ck.kind!r}, not {kind.kind!r}; "
+                         "load_adapter(model, path) reads either")
     if unknown := sorted(set(ck.tables) - set(kind.tables)):
         raise OSError(f"{ck.path}: it has tables {unknown}, which an adapter of kind {kind.kind!r} does not have; "
                       "a newer modlab may have written it")
@@ -165,7 +166,8 @@ def check_file(kind:type, ck:Checkpoint, layers:Mapping[str, nn.Module], strict:
 # %% ../../nbs/3_adapters/01_files.ipynb #619e46df
 def _placed(adapter:object, tables:Tables, table:str) -> dict[str, Tensor]:
     "A table where its layers live; whole numbers, such as indices, stay on the CPU. Empty if the file lacks it."
-    def place(t, layer): return t.detach().to(device_of(layer), adapter.cfg.factor_dtype).contiguous() if t.is_floating_point() else t
+    def place(t:Tensor, layer:nn.Module) -> Tensor:
+        return t.detach().to(device_of(layer), adapter.cfg.factor_dtype).contiguous() if t.is_floating_point() else t
     return {n: place(tables[table][n], layer) for n, layer in adapter.layers.items() if table in tables}
 
 # %% ../../nbs/3_adapters/01_files.ipynb #f6f7df41

@@ -106,7 +106,8 @@ def write_file(path:str|Path, # of the file, or of a folder: there it gets the u
     try:
         save_file(flat, half, metadata=header)
         half.replace(path)
-    except SafetensorError as e: raise OSError(f"{path}: it could not be written ({e}); what was there before is still there") from e
+    except SafetensorError as e:
+        raise OSError(f"{path}: it could not be written ({e}); what was there before is still there") from e
     finally: half.unlink(missing_ok=True)
 
 # %% ../../nbs/2_model/11_format.ipynb #18ad2f43
