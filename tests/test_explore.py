@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import nullcontext
 
 import browser_test
 import matplotlib.pyplot as plt
@@ -19,11 +20,13 @@ import torch
 from models import adapter_of, changes, hooks, state
 from test_legacy import pissa_file
 
-from modlab import Calibration, ModulatedLoRA, ModulatedPiSSA, explore, kl_curve, load_pairs, spectrum_table, tiny_model
-from modlab.show.study import Study
+from modlab import (
+    Calibration, ModulatedLoRA, ModulatedPiSSA, PiSSAHistoryBake, explore, kl_curve, load_pairs, spectrum_table, tiny_model,
+)
 from modlab.show.beside import write_beside
 from modlab.show.latest import Latest, Stale, breaking_off
 from modlab.show.page import beside, failed, no_reading, page, reading, widgets_of
+from modlab.show.study import Study
 from modlab.show.study import NO_RECORDS, measure, nearest, no_spectrum, spectra, static
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -508,9 +511,13 @@ def test_a_kind_of_adapter_with_a_strange_name_is_escaped(opened, monkeypatch):
 def test_scores_can_be_tried_on_rounds_and_narrow_factors(rounds):
     model, tok = tiny_model()
     model = model.to(torch.bfloat16) if rounds == 2 else model
-    for _ in range(rounds): a = ModulatedPiSSA(model, r=8, selection_score="s_only", dtype=torch.bfloat16)
-    name = next(iter(a.layers))
-    table = spectra(Study(model, tok, a, PAIRS, [1]), name, ["s_only", "wanda"], never).set_index("index")
+    *earlier, a = [ModulatedPiSSA(model, r=8, selection_score="s_only", dtype=torch.bfloat16) for _ in range(rounds)]
+    name, x = next(iter(a.layers)), Study(model, tok, a, PAIRS, [1])
+    if earlier:
+        with pytest.raises(RuntimeError, match="PiSSAHistoryBake"): spectra(x, name, ["wanda"], never)
+        assert not a.attached
+    with PiSSAHistoryBake(model, [(e, 0.0) for e in earlier]) if earlier else nullcontext():
+        table = spectra(x, name, ["s_only", "wanda"], never).set_index("index")
     assert set(spectrum_table(a)["mode"]) == {"s_only"}
     held, same = (table[table["mode"] == mode].chosen for mode in ("held", "s_only"))
     assert held.sum() == 8 and held.equals(same)
