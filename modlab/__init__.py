@@ -4,7 +4,7 @@ __version__ = "0.2.0"
 
 from .maths.divergence import aggregate, kl_fwd, kl_rev, token_nll
 from .maths.lowrank import LowRank, fold, stack
-from .maths.scores import ProjectionStats, choose, overlap, selection_scores, tail_depth
+from .maths.scores import ProjectionStats, chance_overlap, choose, overlap, selection_scores, tail_depth
 from .maths.svd import thin_svd
 from .model.changes import restore
 from .model.loading import load_model, load_pairs, tiny_model
@@ -25,5 +25,5 @@ from .learn.loop import NonFiniteLoss
 from .measure.calibrate import Calibration, calibrate_c
 from .measure.dose import kl_curve
 from .share.peft import from_peft, to_peft
-from .show.explore import explore
+from .show.explore import Explorer, explore
 from .show.plots import plot_gradient_cosine, plot_kl_vs_c, plot_nll, plot_overlap, plot_selection, plot_tail_depth

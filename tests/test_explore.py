@@ -21,13 +21,20 @@ from models import adapter_of, changes, hooks, state
 from test_legacy import pissa_file
 
 from modlab import (
-    Calibration, ModulatedLoRA, ModulatedPiSSA, PiSSAHistoryBake, explore, kl_curve, load_pairs, spectrum_table, tiny_model,
+    Calibration,
+    ModulatedLoRA,
+    ModulatedPiSSA,
+    PiSSAHistoryBake,
+    explore,
+    kl_curve,
+    load_pairs,
+    spectrum_table,
+    tiny_model,
 )
 from modlab.show.beside import write_beside
 from modlab.show.latest import Latest, Stale, breaking_off
 from modlab.show.page import beside, failed, no_reading, page, reading, widgets_of
-from modlab.show.study import Study
-from modlab.show.study import NO_RECORDS, measure, nearest, no_spectrum, spectra, static
+from modlab.show.study import NO_RECORDS, Study, measure, nearest, no_spectrum, spectra, static
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [dict(prompt=f"question {n}", cho="abcdefgh"[: 2 + n % 5] * 3, rej="xyz" * (1 + n % 3)) for n in range(4)]

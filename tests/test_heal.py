@@ -190,7 +190,7 @@ import pathlib, sys, torch
 torch.set_num_threads(1)
 sys.path[:0] = {paths!r}
 import modlab.learn.loop
-modlab.learn.loop.SAVE_EVERY = 0.0
+modlab.learn.loop._SAVE_EVERY = 0.0
 from test_heal import CFG, SAMPLES, replace, run
 folder, cfg = pathlib.Path({folder!r}), replace(CFG, **{changes!r})
 done = run(cfg, resume=folder / "run.pt")
@@ -250,7 +250,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
 
 @pytest.mark.parametrize("at", [1, 6, 7, 9])  # the first step, an epoch's last, its validation, the middle of the next
 def test_broken_off_anywhere_and_resumed(tmp_path, monkeypatch, tiny, at):
-    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(training, "_SAVE_EVERY", 0.0)
     calls, call, before = [], Losses.__call__, state(tiny[0])
     def breaks(self, indices):
         calls.append(indices)

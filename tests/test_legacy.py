@@ -5,8 +5,8 @@ from models import adapter_of, build, changes, gap, logits, seeded, state, token
 from safetensors.torch import save_file
 
 from modlab import ModulatedLoRA, ModulatedPiSSA, load_adapter, read_metadata
-from modlab.model.targets import LoRAConfig, find_targets
 from modlab.model.layers import layer_shape
+from modlab.model.targets import LoRAConfig, find_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 META = dict(r="4", alpha="8.0", targets="q_proj,down_proj", layer_range="0.0,1.0")

@@ -7,11 +7,25 @@ import torch
 from models import adapter_of, build, changes, hooks, state
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
-from modlab import (Calibration, ModulatedLoRA, ModulatedPiSSA, aggregate, calibrate_c, capture_activations, collate,
-                    gradient_cosine, kl_curve, kl_fwd, kl_rev, restore, tiny_model, token_nll)
+from modlab import (
+    Calibration,
+    ModulatedLoRA,
+    ModulatedPiSSA,
+    aggregate,
+    calibrate_c,
+    capture_activations,
+    collate,
+    gradient_cosine,
+    kl_curve,
+    kl_fwd,
+    kl_rev,
+    restore,
+    tiny_model,
+    token_nll,
+)
 from modlab.maths.divergence import AGGREGATES
-from modlab.model.text import encode_records
 from modlab.measure.crossing import crossing
+from modlab.model.text import encode_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [dict(prompt=f"question {n}", cho="abcdefgh"[: 2 + n % 5] * 3, rej="xyz" * (1 + n % 3)) for n in range(7)]

@@ -5,10 +5,9 @@ from models import adapter_of, build
 from tokenizers import processors
 
 from modlab import batches, capture_activations, contrast, encode, heal, kl_curve
-from modlab.model.text import encode_records
 from modlab.learn.contrast import ContrastConfig
 from modlab.learn.heal import HealConfig
-from modlab.model.text import Batch, prompt_ids
+from modlab.model.text import Batch, encode_records, prompt_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 USER, DRAFT = {"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "With"}

@@ -160,7 +160,7 @@ def broken_off(kind, at, path, monkeypatch, **changed):
         if len(seen) == at: raise KeyboardInterrupt
         return plain(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "SAVE_EVERY", 0.0)
+        patch.setattr(loop, "_SAVE_EVERY", 0.0)
         patch.setattr(loop, "gradients", breaks)
         with pytest.raises(KeyboardInterrupt): go(kind, resume=path, **changed)
 
@@ -331,7 +331,7 @@ def test_a_second_run_on_the_same_path_is_refused(kind, tmp_path, never_trained)
 
 @BOTH
 def test_a_later_failure_warns_and_training_goes_on(kind, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(loop, "_SAVE_EVERY", 0.0)
     folder, calls, plain = tmp_path / "there", [], loop.gradients
     folder.mkdir()
     def watching(*args):
