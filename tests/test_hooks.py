@@ -17,7 +17,7 @@ from torch import nn
 from modlab import ModulatedLoRA
 from modlab.adapters.hooks import Adder, Hooks, LowRankAdder
 from modlab.model.calls import ADDERS, adders_of, here_only, is_swapped, put, take
-from modlab.model.rows import batch_shape, text_models
+from modlab.model.rows import _batch_shape, text_models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -329,8 +329,8 @@ def test_the_models_that_tell_the_rows_hold_the_token_embedding():
     model = build("gemma3_vision")
     names = {n for n, m in model.named_modules() for t in text_models(model) if t is m}
     assert "model.language_model" in names and not [n for n in names if "vision" in n]
-    assert batch_shape((torch.ones(2, 3, 8, 8),), {}) is None and batch_shape((torch.ones(2, 3),), {}) == (2, 3)
-    assert batch_shape((), dict(input_ids=torch.ones(2, 3), pixel_values=None)) == (2, 3)
+    assert _batch_shape((torch.ones(2, 3, 8, 8),), {}) is None and _batch_shape((torch.ones(2, 3),), {}) == (2, 3)
+    assert _batch_shape((), dict(input_ids=torch.ones(2, 3), pixel_values=None)) == (2, 3)
     assert text_models(nn.Linear(2, 2))[0].in_features == 2
 
 

@@ -19,7 +19,7 @@ import modlab.learn.loop as loop
 from modlab import ContrastConfig, HealConfig, ModulatedLoRA, ModulatedPiSSA, contrast, gradient_cosine, heal, tiny_model
 from modlab.learn.recompute import without_dropout
 from modlab.learn.runfile import RunFile
-from modlab.learn.settings import RATES, rate_of
+from modlab.learn.settings import _RATES, _rate_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [dict(prompt=f"{n}?", cho="a" * (3 + n % 4), rej="b" * (2 + n % 3)) for n in range(12)]
@@ -127,9 +127,9 @@ def test_heal_trains_a_pissa_too(tiny, extract):
 def test_a_rate_that_is_not_given_is_that_of_the_kind(kind):
     for make, name in ((lora, "lora"), (pissa, "pissa")):
         run = go(kind, make, lr=None, epochs=1)
-        assert run.cfg.lr == RATES[name][kind] and rows(run, "train").lr.max() == pytest.approx(run.cfg.lr)
+        assert run.cfg.lr == _RATES[name][kind] and rows(run, "train").lr.max() == pytest.approx(run.cfg.lr)
         assert f"lr {run.cfg.lr:g}" in repr(run)
-    assert RATES == dict(lora=dict(heal=1e-4, contrast=2e-4), pissa=dict(heal=0.1, contrast=0.1))
+    assert _RATES == dict(lora=dict(heal=1e-4, contrast=2e-4), pissa=dict(heal=0.1, contrast=0.1))
     assert go(kind, lr=0.03, epochs=1).cfg.lr == 0.03
 
 
@@ -137,11 +137,11 @@ def test_a_new_kind_states_its_own_rate_and_without_one_it_is_asked_for(monkeypa
     class Other(ModulatedLoRA): kind = "other"
     class Stranger: kind = "stranger"
     model = tiny_model()[0]
-    assert rate_of(Other(model, r=2), "heal") == 1e-4, "that of the kind it comes from"
-    monkeypatch.setitem(RATES, "other", dict(heal=0.5))
-    assert rate_of(Other(model, r=2), "heal") == 0.5
-    with pytest.raises(ValueError, match="stranger.*lr="): rate_of(Stranger(), "heal")
-    with pytest.raises(ValueError, match="other.*lr="): rate_of(Other(model, r=2), "contrast")
+    assert _rate_of(Other(model, r=2), "heal") == 1e-4, "that of the kind it comes from"
+    monkeypatch.setitem(_RATES, "other", dict(heal=0.5))
+    assert _rate_of(Other(model, r=2), "heal") == 0.5
+    with pytest.raises(ValueError, match="stranger.*lr="): _rate_of(Stranger(), "heal")
+    with pytest.raises(ValueError, match="other.*lr="): _rate_of(Other(model, r=2), "contrast")
 
 
 def test_the_default_rate_of_a_pissa_does_something():
