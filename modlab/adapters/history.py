@@ -188,8 +188,8 @@ def bake_(model:nn.Module, # that every adapter was built on
           history:History, # [(adapter, c), ...]
           again:bool=False, # fold in once more what is folded in already
          ) -> None:
-    """Fold a history into the weights for good. `ValueError`, `RuntimeError`: a layer that cannot be, a round that is left out, an
-    adapter that is folded in already; nothing has changed then."""
+    """Fold a history into the weights for good. `ValueError`, `RuntimeError`: a layer that cannot be, a round that is left out,
+    an adapter that is folded in already; nothing has changed then."""
     total = doses(model, history)
     layers = layers_of(total)
     _check_bakeable(model, total, layers)
