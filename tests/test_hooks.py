@@ -102,7 +102,8 @@ def hooks_of_modlab(model): return [n for n, m in model.named_modules() if is_sw
 
 @pytest.mark.parametrize("how", ["inside", "left", "attached again"])
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind, arch", [("lora", "llama"), ("pissa-extracted", "llama"), ("lora", "gpt2"), ("pissa-unextracted", "opt")])
+@pytest.mark.parametrize("kind, arch", [("lora", "llama"), ("pissa-extracted", "llama"), ("lora", "gpt2"),
+                                        ("pissa-unextracted", "opt")])
 def test_a_block_is_recomputed_at_the_dose_of_its_forward(kind, arch, how, reentrant):
     expected = gradients(kind, arch, how)
     assert gap(gradients(kind, arch, how, reentrant), expected) < 2**-16 and expected.abs().max() > 0

@@ -261,10 +261,12 @@ def test_a_cell_that_is_run_twice(tmp_path, collected):
     base, y = weights(model), logits(model, ids)
     p = ModulatedPiSSA(model, r=8, selection_score="s_only", init=(0.3, 0.1))
     if collected: p = gc.collect()
-    with pytest.warns(UserWarning, match=r"restore\(model\)"): p = ModulatedPiSSA(model, r=8, selection_score="s_only", init=(0.3, 0.1))
+    with pytest.warns(UserWarning, match=r"restore\(model\)"):
+        p = ModulatedPiSSA(model, r=8, selection_score="s_only", init=(0.3, 0.1))
     gc.collect()
     with pytest.raises(RuntimeError, match=r"not given back.*restore\(model\)"), p(model, 0.0): logits(model, ids)
-    with pytest.raises(RuntimeError, match=r"not given back.*restore\(model\)"), PiSSAHistoryBake(model, [(p, 0.0)]): logits(model, ids)
+    with pytest.raises(RuntimeError, match=r"not given back.*restore\(model\)"), PiSSAHistoryBake(model, [(p, 0.0)]):
+        logits(model, ids)
     with pytest.raises(RuntimeError, match=r"restore\(model\)"): model.save_pretrained(tmp_path)
     restore(model)
     assert same(model, base) and torch.equal(logits(model, ids), y) and not p.extracted
@@ -295,12 +297,14 @@ class Wrapped(nn.Module):
         self.module = inner
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped, nn.DataParallel, torch.compile], ids=["plain", "wrapped", "parallel", "compiled"])
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped, nn.DataParallel, torch.compile],
+                         ids=["plain", "wrapped", "parallel", "compiled"])
 def test_restore_needs_nothing_but_the_model(wrap):
     model = build()
     base = state(model)
     base["trains"] = dict.fromkeys(base["trains"], False)
-    rounds = [adapter_of("pissa-extracted", model, seed=n, r=4, layer_range=(0.0, 1.0) if n < 2 else (0.5, 1.0)) for n in range(3)]
+    ranges = (0.0, 1.0), (0.0, 1.0), (0.5, 1.0)
+    rounds = [adapter_of("pissa-extracted", model, seed=n, r=4, layer_range=of) for n, of in enumerate(ranges)]
     restore(wrap(model))
     assert not changes(base, model) and not any(a.extracted for a in rounds)
     restore(wrap(model))
@@ -413,7 +417,8 @@ def test_the_fingerprint_is_the_original_weights_whatever_is_in_force():
 def test_no_sample_matches_every_weight(bad):
     W = torch.arange(1.0, 13.0).reshape(3, 4)
     mark = print_of(W)
-    assert same_weight(mark, mark) and not same_weight(mark | dict(sample=bad), mark) and not same_weight(mark, mark | dict(sample=bad))
+    other = mark | dict(sample=bad)
+    assert same_weight(mark, mark) and not same_weight(other, mark) and not same_weight(mark, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

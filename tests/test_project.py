@@ -90,6 +90,13 @@ def test_lint_knows_the_frame_of_a_library_notebook():
     assert [p[:6] for p in lint.lint_library(library("#| export\n" + "x = 1\n" * 26), "demo")] == ["remark"]
 
 
+@pytest.mark.parametrize("lines, methods, good", [(10, 7, True), (13, 4, False), (5, 20, False), (3, 30, False)])
+def test_a_class_may_be_longer_where_its_methods_are_short(lines, methods, good):
+    method = "    def f(self):\n" + "        x = 1\n" * lines
+    problems = lint.lint_library(library("#| export\nclass A:\n" + method * methods), "demo")
+    assert good == all(p.startswith("remark") for p in problems)
+
+
 def test_lint_wants_companion_notebooks_executed():
     def companion(outputs): return new_notebook(cells=[new_code_cell("fig, ax = plt.subplots()", outputs=outputs)])
     figure = new_output("display_data", data={"image/png": "AAAA"})

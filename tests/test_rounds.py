@@ -99,7 +99,8 @@ def test_all_rounds_together_at_c_zero_are_the_base():
     base = logits(model, ids)
     a, b = (adapter_of("pissa-extracted", model, seed=n) for n in range(2))
     with a(model, 0.0), b(model, 0.0): assert gap(logits(model, ids), base) < 2**-16  # float32 rounding of two rounds
-    with a(model, 0.0), pytest.raises(RuntimeError, match=rf"extraction {b.id} .*not given back.*restore\(model\)"): logits(model, ids)
+    with a(model, 0.0), pytest.raises(RuntimeError, match=rf"extraction {b.id} .*not given back.*restore\(model\)"):
+        logits(model, ids)
     assert gap(logits(model, ids), base) > 2**-6
 
 

@@ -64,6 +64,22 @@ class _Block:
         warnings.warn(f"adapter(model, c) of a {type(self.adapter).__name__} was called without with, so nothing was attached; "
                       "use: with adapter(model, c): ...", stacklevel=2)
 
+# %% ../../nbs/3_adapters/02_adapter.ipynb #5d1ab0e7
+def _read_into(adapter:"Adapter", ck:Checkpoint, strict:bool) -> None:
+    "Check everything, then write the numbers of a file into an adapter."
+    cfg = replace(config_from(ck, adapter.config), dtype=adapter.cfg.dtype)
+    adapter.check(adapter.model, ck, adapter.layers, strict, live=adapter.live())
+    check_ranks(adapter, ck)
+    adapter.take_over(ck, cfg)
+
+def _read_anew(kind:type["Adapter"], model:nn.Module, ck:Checkpoint, strict:bool) -> "Adapter":
+    "Check everything, then make the adapter of a file."
+    cfg, layers = layers_for(ck, model, config_from(ck, kind.config))
+    kind.check(model, ck, layers, strict)
+    adapter = kind.__new__(kind)
+    adapter.setup(model, cfg, layers, ck.tables, ck.meta)
+    return adapter
+
 # %% ../../nbs/3_adapters/02_adapter.ipynb #e60fe306
 class Adapter:
     "A kind of adapter: named tables of tensors, one dose. Subclasses make the tables and say what a layer adds."
@@ -75,7 +91,6 @@ class Adapter:
     kinds: ClassVar[dict[str, type["Adapter"]]] = {} # kind -> class
     extracted = has_offset = False # has it taken something out of the base; is there something to add at c = 0
     bakes = 0 # how many histories in force hold it
-
     def __init_subclass__(cls):
         if cls.__dict__.get("kind"): Adapter.kinds[cls.kind] = cls
     def adder(self, name:str, layer:nn.Module, hooks:Hooks) -> Adder: raise NotImplementedError # what one layer adds
@@ -83,7 +98,6 @@ class Adapter:
     def attached(self) -> bool: return self.hooks.attached # is it attached to its model now
     @property
     def c(self) -> Coeff: return self.hooks.c # the current dose; 0 while detached
-
     def set_coeff(self, c:float|Tensor) -> None:
         "Change the dose inside a `with adapter(model)` block; `RuntimeError` outside of one, `ValueError` for a bad `c`."
         self.hooks.set(c)
@@ -101,17 +115,14 @@ class Adapter:
         self.settle(meta or {})
         model.requires_grad_(False)
         logger.info("%r", self)
-
     def new_id(self) -> str: return secrets.token_hex(6)
     def settle(self, meta:Mapping) -> None: self.id = meta.get("id") or self.new_id()
     def meta(self) -> dict: return {"id": self.id}
     def live(self) -> str|None: return self.id if self.extracted else None # the id under which it has changed the base
     def folded_in(self) -> None: pass # what becomes of it when its map has been folded into the base for good
-
     @classmethod
     def check(cls, model:nn.Module, ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool, live:str|None=None) -> None:
         check_file(cls, ck, layers, strict, live)
-
     def take_over(self, ck:Checkpoint, cfg:LoRAConfig) -> None:
         self.cfg = cfg
         refill(self, ck.tables)
@@ -126,27 +137,16 @@ class Adapter:
 
     def load(self, path:str|Path, strict:bool=True) -> None:
         "Take over a file's numbers in place, so that an optimizer keeps its parameters. `strict=False`: another base only warns."
-        ck = read_checkpoint(path)
-        cfg = replace(config_from(ck, self.config), dtype=self.cfg.dtype)
-        self.check(self.model, ck, self.layers, strict, live=self.live())
-        check_ranks(self, ck)
-        self.take_over(ck, cfg)
+        _read_into(self, read_checkpoint(path), strict)
 
     @classmethod
     def from_checkpoint(cls, model:nn.Module, path:str|Path|Checkpoint, strict:bool=True) -> "Adapter":
         "The adapter of a file, on `model`: no decomposition, no random number. `strict=False`: another base only warns."
-        ck = path if isinstance(path, Checkpoint) else read_checkpoint(path)
-        cfg, layers = layers_for(ck, model, config_from(ck, cls.config))
-        cls.check(model, ck, layers, strict)
-        adapter = cls.__new__(cls)
-        adapter.setup(model, cfg, layers, ck.tables, ck.meta)
-        return adapter
-
+        return _read_anew(cls, model, path if isinstance(path, Checkpoint) else read_checkpoint(path), strict)
     def parameters(self) -> Iterator[nn.Parameter]: return (p for _, p in self.named_parameters()) # all that trains
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         "All that trains, as `table.layer` and parameter."
         return ((f"{table}.{name}", p) for table in self.trains for name, p in getattr(self, table).items())
-
     def rank(self, name:str) -> int|None: return None # of what a layer adds, where that is a low-rank map
     def __repr__(self) -> str: return _describe(self)
     def _repr_html_(self) -> str: return f"<b>{html.escape(_describe(self))}</b>{_summary(self).to_html(index=False)}"

@@ -145,8 +145,9 @@ class PiSSAHistoryBake(HistoryBake):
 
     def set_gate(self, is_active) -> None:
         "Accepted, so that the same training code serves both; it does nothing, and says so once."
-        if not self.told: _logger.warning("PiSSAHistoryBake is always on (without it the layers hold W_res): the gate is not used")
+        if self.told: return
         self.told = True
+        _logger.warning("PiSSAHistoryBake is always on (without it the layers hold W_res): the gate is not used")
 
 # %% ../../nbs/3_adapters/06_history.ipynb #8661d79f
 def _check_untied(model:nn.Module, layers:Mapping[str, nn.Module]) -> None:

@@ -42,7 +42,7 @@ def _check_extractable(model:nn.Module, layers:Mapping[str, nn.Module]) -> None:
 def _warn_if_extracted(model:nn.Module) -> None:
     "Say that an extraction is in force already: a second round is meant to be built over it, a cell that is run twice is not."
     if ids := {round: None for m in model.modules() for round in extraction_ids(m)}:
-        warnings.warn(f"extractions in force on this model: {few(ids)}. The new adapter takes its directions from what they left, "
+        warnings.warn(f"extractions in force on this model: {few(ids)}. The new adapter takes directions from what they left, "
                       "and needs them given back in every forward. If their adapters are gone (a cell that was run twice), call "
                       "restore(model) and build this one again", stacklevel=3)
 

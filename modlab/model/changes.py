@@ -183,7 +183,7 @@ def restore(model:nn.Module, # or whatever wraps it
             force:bool=False, # drop what somebody else wrote into the weights meanwhile
            ) -> None:
     """Undo all extractions, newest first: bit for bit where the base was kept, else the round trip `W_res + U S Vh`. Adapters go
-    on unextracted. `RuntimeError`: something is attached or in force, or somebody else wrote to a weight; nothing changed then."""
+    on unextracted. `RuntimeError`: something is in force, or somebody else wrote to a weight. Nothing changed then."""
     with LOCK:
         layers = {name: m for name, m in model.named_modules() if ledger_of(m).entries}
         for name, layer in layers.items(): _check_restorable(name, layer, force)

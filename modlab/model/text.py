@@ -46,9 +46,9 @@ def _check_messages(tok:PreTrainedTokenizerBase, messages:Sequence) -> None:
         raise ValueError(f"the prompt is a list of chat messages, but {type(tok).__name__} has no chat template; "
                          "give the prompt as text, or set tok.chat_template")
     if not messages: raise ValueError("the prompt is an empty list; give chat messages {role, content}, or text")
-    for n, message in enumerate(messages):
-        if not (isinstance(message, dict) and {"role", "content"} <= set(message)):
-            raise ValueError(f"message {n} of the prompt is {message!r}, expected {{role, content}}")
+    for n, turn in enumerate(messages):
+        if not (isinstance(turn, dict) and {"role", "content"} <= set(turn)):
+            raise ValueError(f"message {n} of the prompt is {turn!r}, expected {{role, content}}")
 
 def prompt_ids(tok:PreTrainedTokenizerBase, prompt:Prompt) -> list[int]:
     "Token ids of a prompt. `ValueError` for messages that are none, without a template, or that tokenizer or template refuses."
