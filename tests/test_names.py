@@ -1,5 +1,6 @@
 """The page of names: it speaks of everything that modlab and PEFT's LoRA have, and of nothing that they have not."""
 import ast
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -29,6 +30,7 @@ def column(n: int, heading: str | None = None) -> list[str]:
     return spans
 
 
+SOURCES = api.Sources()
 OURS = column(1)
 
 
@@ -40,14 +42,21 @@ def adapters():
 
 def attribute_exists(owner: str, name: str, adapters) -> bool:
     if owner == "adapter": return any(hasattr(a, name) for a in adapters)
-    return hasattr(getattr(modlab, owner, None), name)
+    return hasattr(named(owner), name)
+
+
+def named(name: str) -> object:
+    "What is called so: exported by modlab, or a helper that one of its modules lists; None if there is no such thing."
+    if hasattr(modlab, name): return getattr(modlab, name)
+    homes = [module for module in SOURCES.trees if name in SOURCES.public(module)]
+    return getattr(importlib.import_module(f"modlab.{homes[0]}"), name) if homes else None
 
 
 def flaws(span: str, adapters) -> list[str]:
     "What a piece of code asks for that modlab does not have: names, attributes, arguments."
     found = []
     for node in ast.walk(ast.parse(span)):
-        if isinstance(node, ast.Name) and not (hasattr(modlab, node.id) or node.id in VARIABLES): found.append(node.id)
+        if isinstance(node, ast.Name) and named(node.id) is None and node.id not in VARIABLES: found.append(node.id)
         if isinstance(node, ast.Attribute) and not attribute_exists(ast.unparse(node.value), node.attr, adapters):
             found.append(ast.unparse(node))
         if isinstance(node, ast.Call): found += [k.arg for k in node.keywords if k.arg not in arguments(node.func, adapters)]
@@ -59,7 +68,7 @@ def arguments(called: ast.expr, adapters) -> set[str]:
     owner, _, name = ast.unparse(called).rpartition(".")
     if name == "adapter": found = adapters
     elif owner == "adapter": found = [getattr(a, name) for a in adapters if hasattr(a, name)]
-    else: found = [getattr(getattr(modlab, owner) if owner else modlab, name, lambda: None)]
+    else: found = [getattr(named(owner), name, lambda: None) if owner else named(name) or (lambda: None)]
     return {p for f in found for p in inspect.signature(f).parameters}
 
 
