@@ -141,7 +141,8 @@ def test_no_absolute_local_path_in_markdown():
 
 # ---- modules ----
 
-HANDED_OVER = {"learn.trainer": {"show.plots"}} # the stated exception: a method of one line imports a later chapter when it is called
+# The stated exception: a method of one line imports a later chapter when it is called.
+HANDED_OVER = {"learn.trainer": {"show.plots"}}
 
 
 def imported(source: str, chapter: str = "maths") -> set[str]:
