@@ -21,7 +21,7 @@ from ..model.ledger import few
 from ..model.legacy import exactly
 from ..adapters.lora import ModulatedLoRA
 from ..maths.lowrank import LowRank, stack
-from ..model.layers import layer_shape
+from ..model.layers import inner_model, layer_shape
 from ..model.targets import LoRAConfig, linear_layers
 from .fields import read_adapter
 from .folder import CONFIG, write_folder
@@ -88,10 +88,8 @@ def _check_fit(path:str|Path, model:nn.Module, tables:Mapping[str, Mapping[str, 
     A, B, linear = tables["A"], tables["B"], linear_layers(model)
     other = f"of the {len(A)} layers that it adapts"
     if absent := [n for n in A if n not in linear]:
-        wrapped = hasattr(model, "peft_config")
-        way_out = "unload() the adapter of PEFT that is on it" if wrapped else "load the model it was made for"
-        raise ValueError(f"{path}: {len(absent)} {other} are no linear layers of this {type(model).__name__} "
-                         f"({few(absent)}); {way_out}")
+        raise ValueError(f"{path}: {len(absent)} {other} are no linear layers of this {type(inner_model(model)).__name__} "
+                         f"({few(absent)}); load the model it was made for")
     fits = {n: (B[n].shape[:1] + A[n].shape[1:], B[n].shape[1:]) == (layer_shape(linear[n]), A[n].shape[:1]) for n in A}
     if bad := [f"{n} is {layer_shape(linear[n])}, A {tuple(A[n].shape)}, B {tuple(B[n].shape)}" for n in A if not fits[n]]:
         raise ValueError(f"{path}: {len(bad)} {other} have another shape here ({few(bad)}); load the model it was made for")

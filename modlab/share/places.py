@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.files import few
-from ..model.layers import is_linear, layer_shape
+from ..model.layers import inner_model, is_linear, layer_shape, plain_modules
 
 if TYPE_CHECKING: import peft
 
@@ -27,7 +27,7 @@ def _target_modules(model:nn.Module, names:Iterable[str]) -> list[str]|str:
     "These layers and no others, as PEFT reads it: full names, or a regular expression where one of them ends another name."
     names = set(names)
     ends = tuple(f".{n}" for n in names)
-    if not any(n.endswith(ends) for n, _ in model.named_modules() if n not in names): return sorted(names)
+    if not any(n.endswith(ends) for n in plain_modules(model) if n not in names): return sorted(names)
     return "|".join(re.escape(n) for n in sorted(names))
 
 # %% ../../nbs/6_share/00_places.ipynb #9313550d
@@ -36,10 +36,11 @@ def peft_config(model:nn.Module, ranks:Mapping[str, int]) -> "peft.LoraConfig":
     from peft import LoraConfig
     usual = Counter(ranks.values()).most_common(1)[0][0]
     other = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != usual}
-    transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in ranks)
+    modules, inner = plain_modules(model), inner_model(model)
+    transposed = any(isinstance(modules[name], Conv1D) for name in ranks)
     config = LoraConfig(r=usual, lora_alpha=usual, rank_pattern=other, alpha_pattern=dict(other), fan_in_fan_out=transposed,
-                        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
-                        base_model_name_or_path=getattr(model, "name_or_path", None) or None, inference_mode=True)
+                        task_type="CAUSAL_LM" if hasattr(inner, "prepare_inputs_for_generation") else None,
+                        base_model_name_or_path=getattr(inner, "name_or_path", None) or None, inference_mode=True)
     config.target_modules = _target_modules(model, ranks)  # LoraConfig would make a set of it, in another order every time
     return config
 
@@ -49,10 +50,10 @@ def _bare(layer:nn.Module) -> nn.Module: # of the same shape, under whatever dev
     return Conv1D(o, i) if isinstance(layer, Conv1D) else nn.Linear(i, o)
 
 def _shell(model:nn.Module) -> nn.Module:
-    "The names of a model and the shapes of its linear layers, without weights."
-    root = nn.Module()
-    if hasattr(model, "config"): root.config = model.config
-    for name, module in model.named_modules():
+    "The names of the plain model and the shapes of its linear layers, without weights."
+    root, inner = nn.Module(), inner_model(model)
+    if hasattr(inner, "config"): root.config = inner.config
+    for name, module in plain_modules(model).items():
         if not name: continue
         parent, _, leaf = name.rpartition(".")
         with torch.device("meta"):
