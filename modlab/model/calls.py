@@ -40,13 +40,24 @@ def adders_of(layer:nn.Module) -> Sequence[Adds]:
     return replay[-1] if replay else getattr(layer, ADDERS, ())
 
 # %% ../../nbs/2_model/08_calls.ipynb #c966dfc8
+def _added(layer:nn.Module, y:Tensor, args:tuple, kwargs:Mapping) -> Tensor:
+    for adder in adders_of(layer): y = adder.add(layer_input(args, kwargs), y)
+    return y
+
+def _forward_of(plain:type) -> Callable:
+    "The `forward` of the subclass of `plain`: PyTorch runs hooks around it, so they see what is added."
+    @functools.wraps(plain.forward)
+    def forward(self, *args, **kwargs):
+        y = plain.forward(self, *args, **kwargs)
+        return y if "forward" in self.__dict__ else _added(self, y, args, kwargs)
+    return forward
+
 def _call_of(plain:type) -> Callable:
-    "The `__call__` of the subclass of `plain`."
+    "The `__call__` of the subclass of `plain`. It adds where another `forward` stands in the module itself."
     def __call__(self, *args, **kwargs):
         for note in getattr(self, NOTES, ()): note.note(args, kwargs)
         y = plain.__call__(self, *args, **kwargs)
-        for adder in adders_of(self): y = adder.add(layer_input(args, kwargs), y)
-        return y
+        return _added(self, y, args, kwargs) if "forward" in self.__dict__ else y
     return __call__
 
 # %% ../../nbs/2_model/08_calls.ipynb #85d23a30
@@ -110,8 +121,8 @@ def _deepcopy_of(plain:type) -> Callable:
     return __deepcopy__
 
 @functools.cache
-def _swapped(plain:type) -> type:
-    "The subclass of a module's class that adds to its call."
+def _swapped(plain:type, adds:bool) -> type:
+    "The subclass of a module's class, for modules that add and for those that do not."
     own = dict(__module__=plain.__module__, __qualname__=plain.__qualname__, __doc__=plain.__doc__, __call__=_call_of(plain),
                __reduce_ex__=_reduce_of(plain), modlab_plain=plain, **dict.fromkeys(SLOTS, ()))
     own[CHECKPOINT] = property(_get_checkpoint, _set_checkpoint, _delete_checkpoint)
@@ -119,6 +130,7 @@ def _swapped(plain:type) -> type:
     cls = type(plain)(plain.__name__, (plain,), own)
     for name in set(vars(cls)) - set(own):
         if not name.startswith("_"): delattr(cls, name)
+    if adds: cls.forward = _forward_of(plain)
     return cls
 
 # %% ../../nbs/2_model/08_calls.ipynb #2339b00e
@@ -126,12 +138,12 @@ _lock = threading.RLock()
 
 def _settle(module:nn.Module) -> None:
     "The class follows the slots; an empty slot is removed."
-    own, swapped = module.__dict__, is_swapped(module)
-    used = any(own.get(slot) for slot in SLOTS)
-    if used and not swapped: object.__setattr__(module, "__class__", _swapped(type(module)))
-    if swapped and not used: object.__setattr__(module, "__class__", type(module).modlab_plain)
-    for slot in SLOTS:
-        if slot in own and not own[slot]: del own[slot]
+    own, cls = module.__dict__, type(module)
+    plain = cls.modlab_plain if is_swapped(module) else cls
+    used = {slot for slot in SLOTS if own.get(slot)}
+    wanted = _swapped(plain, not used.isdisjoint((ADDERS, REPLAY))) if used else plain
+    if cls is not wanted: object.__setattr__(module, "__class__", wanted)
+    for slot in set(SLOTS) - used: own.pop(slot, None)
 
 # %% ../../nbs/2_model/08_calls.ipynb #cfa9e5cd
 def is_swapped(module:nn.Module) -> bool:
@@ -141,8 +153,7 @@ def is_swapped(module:nn.Module) -> bool:
 def put(module:nn.Module, slot:str, item:object) -> None:
     "Add an item to a slot of a module. `RuntimeError` for a module whose class cannot change; nothing has changed then."
     with _lock:
-        before = module.__dict__.get(slot, ())
-        module.__dict__[slot] = (*before, item)
+        module.__dict__[slot] = (*module.__dict__.get(slot, ()), item)
         try: _settle(module)
         except TypeError as e:
             module.__dict__.pop(slot)
