@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from modlab import ModulatedLoRA, ModulatedPiSSA
-from modlab.model.calls import SLOTS, is_swapped
+from modlab.model.calls import _SLOTS, is_swapped
 from modlab.model.ledger import extraction_ids
 from modlab.model.loading import tiny_model
 
@@ -117,7 +117,7 @@ def hooks(model):
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs",
              "_forward_pre_hooks_with_kwargs")
     found = {(n, k): len(getattr(m, k)) for n, m in model.named_modules() for k in kinds if getattr(m, k, None)}
-    slots = {(n, k): len(v) for n, m in model.named_modules() for k, v in vars(m).items() if k in SLOTS}
+    slots = {(n, k): len(v) for n, m in model.named_modules() for k, v in vars(m).items() if k in _SLOTS}
     return found | slots | {(n, "class"): type(m) for n, m in model.named_modules() if is_swapped(m)}
 
 

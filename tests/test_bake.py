@@ -10,7 +10,7 @@ from models import ARCHS, DTYPES, adapter_of, build, changes, gap, half, logits,
 from transformers import AutoModelForCausalLM
 
 from modlab import HistoryBake, ModulatedLoRA, PiSSAHistoryBake, bake_, bake_report, baked
-from modlab.model.calls import adders_of
+from modlab.model.calls import _adders_of
 from modlab.model.layers import dense_weight
 from modlab.model.ledger import is_folded
 
@@ -52,7 +52,7 @@ def test_stack_and_fold_are_the_rounds_one_by_one(arch, dtype, extract):
     assert gap(wanted, base) > 2 * TOLERANCE[dtype], "the history does nothing"
     with (PiSSAHistoryBake if extract else HistoryBake)(model, history) as bake:
         assert gap(logits(model, ids), wanted) < TOLERANCE[dtype]
-        assert all(len(adders_of(layer)) == 1 for layer in bake.layers.values())
+        assert all(len(_adders_of(layer)) == 1 for layer in bake.layers.values())
     with baked(model, history): assert gap(logits(model, ids), wanted) < TOLERANCE[dtype]
     assert not changes(before, model)
 

@@ -413,3 +413,11 @@ def test_a_peft_model_is_captured_with_what_peft_adds():
     first, last = list(plain)[0], list(plain)[-1]
     assert list(captured) == list(plain) and torch.equal(captured[first]["cho"], plain[first]["cho"])
     assert not torch.allclose(captured[last]["cho"], plain[last]["cho"]), "the model that is used, with its PEFT adapter"
+
+
+def test_a_model_that_lacks_directions_is_not_read(tiny):
+    model, tok = tiny
+    p = ModulatedPiSSA(model, r=4, selection_score="s_only")
+    for capture in (capture_activations, capture_statistics):
+        with pytest.raises(RuntimeError, match=r"not given back.*restore\(model\)"): capture(model, tok, PAIRS)
+        with p(model, 0.0): assert capture(model, tok, PAIRS)

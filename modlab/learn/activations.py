@@ -21,6 +21,7 @@ from ..model.calls import layer_input
 from ..maths.scores import ProjectionStats, project
 from ..model.cache import check_after, directions
 from ..model.layers import device_of, guard_4bit, inner_model, offloading
+from ..model.ledger import check_whole
 from ..model.loading import evaluating
 from ..model.targets import LoRAConfig, find_targets
 from ..model.text import Batch, batches, check_count, sides_of
@@ -67,7 +68,9 @@ def _first_targets(batch:Batch, n:float) -> Batch:
 @torch.no_grad()
 def _read_side(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Batch], limit:float, take:_Take,
               device:torch.device|str|None=None) -> None:
-    "Run batches until `limit` rows of each layer went to `take`. `ValueError` for a layer that the model does not call."
+    """Run batches until `limit` rows of each layer went to `take`. `ValueError` for a layer that the model does not call,
+    `RuntimeError` for a model that lacks directions which were taken out of it."""
+    check_whole(inner_model(model))
     guard_4bit(model)  # a forward without gradients is what repacks
     inner, start, count = _body(model, layers), device_of(model.get_input_embeddings()), 0
     with evaluating(model):

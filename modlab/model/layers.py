@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 def is_linear(module:nn.Module) -> bool:
     "Is this a linear layer: `nn.Linear`, a descendant, GPT-2's `Conv1D`, or a quantised stand-in?"
     if isinstance(module, NonDynamicallyQuantizableLinear): return False
-    if isinstance(module, nn.Linear): return type(module).forward is nn.Linear.forward or "Linear" in type(module).__name__
+    plain = getattr(module, "modlab_plain", type(module)) # its own class, also while an adapter is attached
+    if isinstance(module, nn.Linear): return plain.forward is nn.Linear.forward or "Linear" in plain.__name__
     if isinstance(module, Conv1D): return True
     stand_in = "Linear" in type(module).__name__ and hasattr(module, "in_features") and hasattr(module, "out_features")
     return stand_in and not any(isinstance(m, nn.Linear) for m in module.modules())
