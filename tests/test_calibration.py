@@ -180,7 +180,7 @@ def test_statistics_of_other_directions_are_refused(how, mode, before_any_round)
     if how == "taken before the extraction": adapter_of("pissa-extracted", model)
     elif how == "taken before the restoration":
         first = adapter_of("pissa-extracted", model)
-        streams = capture_statistics(model, TOK, PAIRS)
+        with first(model, 0.0): streams = capture_statistics(model, TOK, PAIRS)
         first.restore_base_W()
     elif how == "another model": model = build(seed=1)
     elif how == "without after": after = [adapter_of("pissa-unextracted", model)]
