@@ -202,8 +202,7 @@ def test_even_a_small_round_is_seen_in_every_layer(score, r, before_any_round):
 
 def test_the_number_of_threads_does_not_make_it_another_weight():
     model, part = build(), dict(layer_range=(0.0, 0.25))
-    adapter_of("pissa-extracted", model)
-    streams = capture_statistics(model, TOK, PAIRS, LoRAConfig(**part))
+    with adapter_of("pissa-extracted", model)(model, 0.0): streams = capture_statistics(model, TOK, PAIRS, LoRAConfig(**part))
     torch.set_num_threads(2)  # the fixture sets it back
     assert ModulatedPiSSA(model, r=6, calibration_activations=streams, **part).extracted
 

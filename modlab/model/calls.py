@@ -40,7 +40,7 @@ def _adders_of(layer:nn.Module) -> Sequence[_Adds]:
     return replay[-1] if replay else getattr(layer, ADDERS, ())
 
 # %% ../../nbs/2_model/08_calls.ipynb #c966dfc8
-def _added(layer:nn.Module, y:Tensor, args:tuple, kwargs:Mapping) -> Tensor:
+def _added(layer:nn.Module, y:object, args:tuple, kwargs:Mapping) -> object: # y itself where nothing is to be added
     for adder in _adders_of(layer): y = adder.add(layer_input(args, kwargs), y)
     return y
 
