@@ -153,7 +153,7 @@ def _postfix(row:dict) -> dict[str, str]:
 
 @dataclass(frozen=True, repr=False)
 class ContrastRun(TrainRun):
-    "A finished run."
+    "A finished run of `contrast`."
     adapter: Adapter # the one that was given, detached
     log: pd.DataFrame # step, epoch, split, nll_cho (at +C), nll_rej (at -C), margin_plus, margin_minus, kl, loss, lr
     cfg: ContrastConfig # with the learning rate that was used

@@ -31,7 +31,7 @@ def _still(module:nn.Module, f, *args, **kwargs): # what f gives while the modul
     finally: module.training = before
 
 def _recomputing(function, module:nn.Module, f, *args, **kwargs):
-    "In the place of a module's own function."
+    "Stands in for a module's own checkpointing function."
     return function(partial(_still, module, f), *args, **kwargs)
 
 @contextmanager
