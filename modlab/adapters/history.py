@@ -151,7 +151,7 @@ class PiSSAHistoryBake(HistoryBake):
 
 # %% ../../nbs/3_adapters/06_history.ipynb #8661d79f
 def _check_untied(model:nn.Module, layers:Mapping[str, nn.Module]) -> None:
-    "`ValueError` for a weight that stands in a second place."
+    "`ValueError` for a weight that another module shares."
     shared = shared_weights(model)
     tied = [name for name, layer in layers.items() if id(layer.weight) in shared]
     if tied: raise ValueError(f"{tied[0]} is tied to another module, which would change with it; leave it out of the adapter's "

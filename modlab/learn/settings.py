@@ -41,7 +41,7 @@ def _check_settings(cfg:"TrainConfig") -> None:
 # %% ../../nbs/4_learn/02_settings.ipynb #3ec70d5c
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    "What every training is told. `ValueError` for a setting that makes no sense."
+    "The settings that every training has. `ValueError` for one that makes no sense."
     epochs: int = 3
     lr: float|None = None # the largest of the schedule; None: the default of the adapter's kind
     betas: tuple[float, float] = (0.9, 0.95) # of AdamW

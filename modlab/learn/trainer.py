@@ -69,7 +69,7 @@ class Front:
         return ValueError(f"a history goes by name, history=[(adapter, c), ...]; the call is {self.usage}")
 
     def check(self, adapter:object, records:object, history:object) -> None:
-        "`ValueError` for what stands in the wrong place."
+        "`ValueError` for an argument in the wrong place."
         missing = adapter is None and self.makes
         if not (missing or isinstance(adapter, Adapter)): raise self.wrong(adapter, "the adapter")
         _check_history(self, history)

@@ -119,7 +119,7 @@ def put_back(layers:Mapping[str, nn.Module], owner:str) -> None:
 # %% ../../nbs/2_model/03_changes.ipynb #a6724169
 def _summed(name:str, layer:nn.Module, m:LowRank) -> Tensor: # (o, i)
     W = fold(dense_weight(layer), m)
-    if W.sum(dtype=torch.promote_types(W.dtype, torch.float32)).isfinite(): return W # one infinity is enough to spoil it
+    if W.sum(dtype=torch.promote_types(W.dtype, torch.float32)).isfinite(): return W # or one value spoils the sum
     raise ValueError(f"{name}: the folded weight is not finite in {W.dtype}; use a smaller c, or a dtype of wider range")
 
 def folded(layers:Mapping[str, nn.Module], # full name -> layer
