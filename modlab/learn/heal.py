@@ -115,7 +115,7 @@ class _Losses:
         with torch.no_grad(): reference = self.readout.logits(kept.to(logits.device))
         kl = torch.stack([aggregate(k, self.cfg.kl_agg) for k in _KINDS[self.cfg.reg](logits, reference).split(sizes)])
         over = torch.stack([barrier(k, self.cfg.tau) for k in kl])
-        over = over if over.any() else over.detach()  # a barrier that nothing has reached pulls at nothing: no backward
+        over = over if over.any() else over.detach()  # no sample is beyond tau: no gradient, and no backward
         return dict(nll=nll, kl=kl, barrier=over, loss=nll + self.cfg.lam * over)
 
     @property
@@ -138,7 +138,7 @@ def _postfix(row:dict) -> dict[str, str]:
 # %% ../../nbs/4_learn/08_heal.ipynb #f7ba008f
 @dataclass(frozen=True, repr=False)
 class HealRun(TrainRun):
-    "A finished run."
+    "A finished run of `heal`."
     adapter: Adapter # detached: the one that was given, or a fresh LoRA
     log: pd.DataFrame # step, epoch, split, nll, kl, barrier, loss, lr, grad_norm; now and then grad_nll, grad_barrier, grad_ratio
     cfg: HealConfig # with the learning rate that was used

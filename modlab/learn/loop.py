@@ -47,7 +47,7 @@ class _Training:
         self.size = cfg.batch_size * cfg.grad_accum * self.world
         self.steps = cfg.epochs * math.ceil(len(self.train) / self.size)
         self.every = cfg.log_every or max(1, self.steps // 20)
-        rising = min(math.ceil(cfg.warmup_ratio * self.steps), self.steps - 1) # it rises from 0, which must not be all there is
+        rising = min(math.ceil(cfg.warmup_ratio * self.steps), self.steps - 1) # the rate rises from 0; one step must follow
         self.optimizer = torch.optim.AdamW(self.params, cfg.lr, tuple(map(float, cfg.betas)), weight_decay=cfg.decay)
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, rising, self.steps)
         self.step, self.rows, self.best = 0, [], {} # best: the parameters with the lowest validation loss, if they are asked for
@@ -78,7 +78,7 @@ def _stop_unless_finite(run:_Training, what:str, step:int, epoch:int, samples:Se
 
 # %% ../../nbs/4_learn/05_loop.ipynb #70566a78
 def _gradient_of(run:_Training, indices:Sequence[int]) -> tuple[Gradient, dict[str, float], list[dict]]: # (mean, norms, samples)
-    "The gradient of the mean over an effective batch; now and then, or if there is something to combine, term by term."
+    "The gradient of the mean over an effective batch; term by term where norms are logged or `combine` is given."
     measure = bool(run.terms) and run.step % run.every == 0
     weights = run.terms if measure or run.combine else {"loss": 1.0}
     found = gradients(run.losses, indices[run.rank::run.world], run.params, list(weights), run.cfg.batch_size)
@@ -173,7 +173,7 @@ def _all_epochs(run:_Training, keeper:_Keeper, show:Callable[[dict], dict]) -> N
             _one_epoch(run, epoch, keeper, bar, show)
 
 # %% ../../nbs/4_learn/05_loop.ipynb #7ff60755
-def fit(adapter:object, # has parameters() and named_parameters(); attached, if it is to be
+def fit(adapter:object, # has parameters() and named_parameters(); attached already, if it acts on a model
         losses:Losses, n:int, # samples are 0 … n-1
         cfg:TrainConfig, # with its lr
         terms:Mapping[str, float]|None=None, # name -> weight, of values that add up to the loss; their norms are logged

@@ -20,6 +20,6 @@ def _pcgrad(plus:Sequence[Tensor], minus:Sequence[Tensor]) -> list[Tensor]:
     return [(1 - dot / pp) * p + (1 - dot / mm) * m for p, m in zip(plus, minus)]
 
 def without_conflict(parts:Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    "Gradients of rest, push at +C, push at -C, as one."
+    "One gradient from those of the rest, of the push at +C and of the push at -C."
     rest, plus, minus = parts
     return [a + b for a, b in zip(rest, _pcgrad(plus, minus))]

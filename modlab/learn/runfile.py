@@ -29,7 +29,7 @@ def digest(value:object) -> str:
 
 # %% ../../nbs/4_learn/03_runfile.ipynb #225a7acd
 def _read(path:Path, identity:Mapping[str, object], parts:Iterable[str]) -> dict:
-    "`OSError` for a file that is no run's, `ValueError` for that of another run."
+    "`OSError` if the file is not a run's, `ValueError` if it is another run's."
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, LookupError, ValueError) as e:
         raise OSError(f"{path}: not the file of a training run ({type(e).__name__}); give another path") from e
@@ -49,7 +49,7 @@ def _cannot(path:Path, e:OSError) -> OSError:
     return OSError(f"{path}: the file of a run cannot be written there ({e.strerror or e}); make room or give another path")
 
 def _locked(path:Path) -> FileLock:
-    "`OSError` if another run holds the path, or if there is no writing there."
+    "`OSError` if another run holds the path, or if nothing can be written there."
     if not path.parent.is_dir(): raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
     if path.is_dir(): raise IsADirectoryError(f"{path}: this is a folder; give the path of a file in it")
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
@@ -72,7 +72,7 @@ def _try_room(path:Path, size:int) -> None:
     finally: _remove(_half(path))
 
 def _write(path:Path, state:Mapping[str, object]) -> None:
-    "In one step."
+    "Replace the file in one step."
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     _put(_half(path), [buffer.getbuffer()])
@@ -82,7 +82,7 @@ def _remove(path:Path) -> None: # what cannot be removed is overwritten by the n
     with suppress(OSError): path.unlink(missing_ok=True)
 
 def _written(path:Path, state:Mapping[str, object], warn:bool) -> bool:
-    "Whether it could be."
+    "Was the state written? Where it was not, training goes on."
     try: _write(path, state)
     except OSError as e:
         if warn: _logger.warning("%s could not be written (%s); training goes on without it", path, e.strerror or e)

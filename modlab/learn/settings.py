@@ -41,14 +41,14 @@ def _check_settings(cfg:"TrainConfig") -> None:
 # %% ../../nbs/4_learn/02_settings.ipynb #3ec70d5c
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    "What every training is told. `ValueError` for a setting that makes no sense."
+    "The settings that every training has. `ValueError` for one that makes no sense."
     epochs: int = 3
     lr: float|None = None # the largest of the schedule; None: the default of the adapter's kind
     betas: tuple[float, float] = (0.9, 0.95) # of AdamW
     weight_decay: float = 0.0 # of AdamW
     grad_clip: float = 1.0 # largest norm of a step's gradient; math.inf for none
     warmup_ratio: float = 0.1 # part of the steps in which lr rises, before it falls along a cosine
-    val_frac: float = 1/8 # part of the samples held out; none of fewer than 8
+    val_frac: float = 1/8 # part of the samples held out; with fewer than 8 samples, none
     batch_size: int = 1 # samples per forward
     grad_accum: int = 1 # forwards per step, in each process
     max_len: int = 512 # tokens
@@ -82,7 +82,7 @@ def with_rate(cfg:TrainConfig, adapter:object, trainer:str) -> TrainConfig:
 
 # %% ../../nbs/4_learn/02_settings.ipynb #9c8bc438
 def split(n:int, cfg:TrainConfig) -> tuple[list[int], list[int]]: # (train, validation)
-    "Sample indices, some of them held out after a seeded shuffle: none of fewer than 8."
+    "Sample indices, some held out after a seeded shuffle; with fewer than 8 samples, none."
     order = np.random.default_rng([cfg.seed]).permutation(n).tolist()
     count = int(n * cfg.val_frac) if n >= 8 else 0
     return sorted(order[count:]), sorted(order[:count])
