@@ -127,6 +127,19 @@ def test_gates():
     bake.remove()  # twice is once
 
 
+def test_a_history_in_force_is_not_put_in_force_again():
+    model, ids = build(), tokens()
+    a, b, base = adapter_of("lora", model, seed=3), adapter_of("lora", model, seed=4), logits(model, ids)
+    with a(model, 1.0): wanted = logits(model, ids)
+    bake = HistoryBake(model, [(a, 1.0)])
+    with pytest.raises(RuntimeError, match="count twice.*remove"): bake = HistoryBake(model, [(b, 1.0), (a, 1.0)])
+    assert torch.equal(logits(model, ids), wanted) and not b.bakes
+    with HistoryBake(model, [(b, 1.0)]): pass
+    bake.remove()
+    assert torch.equal(logits(model, ids), base)
+    with baked(model, [(a, 1.0)]), pytest.raises(RuntimeError, match="count twice.*baked"): HistoryBake(model, [(a, 1.0)])
+
+
 def test_a_gate_of_another_adapters_dose():
     model, ids = build(), tokens()
     kept, new, base = adapter_of("lora", model, seed=3), adapter_of("lora", model, seed=4), logits(model, ids)

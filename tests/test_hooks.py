@@ -526,6 +526,9 @@ def test_a_call_without_with_says_so():
     a, before = adapter_of("lora", model), state(model)
     with pytest.warns(UserWarning, match="without with.*nothing was attached"): a(model, 1.0)
     assert not changes(before, model) and not a.attached
+    with pytest.warns(UserWarning, match="without with"):  # a notebook keeps, and shows, what a cell ends with
+        shown = repr(a(model, 1.0))
+    assert "detached" in shown and "with adapter(model, c)" in shown
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with a(model, 1.0): pass

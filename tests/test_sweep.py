@@ -1,5 +1,9 @@
 """Curves and calibrations on tiny models, against full logits and against what was asked for."""
+import json
 import math
+import re
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -281,6 +285,44 @@ def test_a_calibration_is_escaped():
     nan = float("nan")
     bad = Calibration(nan, False, nan, nan, 0, (nan, nan), 1.0, "<b>p95", (1, 1), "<script>")
     assert "<b>p95" not in bad._repr_html_() and "<script>" not in bad._repr_html_() and "&lt;script&gt;" in bad._repr_html_()
+
+
+WRONG_PLACES = {
+    "kl_curve(m, t, P, a, [1])": "ModulatedLoRA in the place of the records",
+    "kl_curve(m, t, P, P, [1])": "list in the place of the adapter",
+    "kl_curve(m, t, a, 'pairs.jsonl', [1])": "str in the place of the records",
+    "kl_curve(m, t, a, P[0], [1])": "dict in the place of the records",
+    "kl_curve(m, t, a, iter(P), [1])": "list_iterator in the place of the records",
+    "kl_curve(m, t, a, P, [[0, 1]])": "list of doses",
+    "calibrate_c(m, t, P, a, 1)": "list in the place of the adapter",
+    "calibrate_c(m, t, P, P, 1)": "list in the place of the adapter",
+    "explore(m, t, P, a)": "list in the place of the adapter",
+    "explore(m, t, P)": "list in the place of the adapter",
+    "explore(m, t, a, 'pairs.jsonl')": "str in the place of the records",
+    "capture_activations(m, t, a, P)": "list in the place of cfg",
+    "capture_activations(m, t, P, a)": "ModulatedLoRA in the place of cfg.*adapter.cfg",
+    "capture_statistics(m, t, P, a)": "ModulatedLoRA in the place of cfg.*adapter.cfg",
+    "capture_statistics(m, t, 'pairs.jsonl')": "str in the place of the records",
+    "target_table(m, a)": "ModulatedLoRA in the place of cfg.*adapter.cfg",
+}
+AS_A_USER = """
+import json, sys
+from modlab import *
+(m, t), told = tiny_model(), {}
+a, P = ModulatedLoRA(m, r=2), [dict(prompt="a", cho="b", rej="c"), dict(prompt="d", cho="e", rej="f")]
+for call in json.loads(sys.argv[1]):
+    try: told[call] = f"nothing: {eval(call)!r}"
+    except Exception as e: told[call] = f"{type(e).__name__}: {e}"
+print(json.dumps(told))
+"""
+
+
+def test_what_stands_in_the_wrong_place_is_told():
+    "In a process of its own: under test the types of all arguments are checked before a function sees them."
+    ran = subprocess.run([sys.executable, "-c", AS_A_USER, json.dumps(list(WRONG_PLACES))], capture_output=True, text=True)
+    assert not ran.returncode, ran.stderr
+    told = json.loads(ran.stdout.splitlines()[-1])
+    assert not {call: said for call, said in told.items() if not re.match(f"ValueError: .*{WRONG_PLACES[call]}", said)}
 
 
 @pytest.mark.parametrize("bad, match", [(dict(target_kl=-1.0), "positive"), (dict(target_kl=float("nan")), "positive"),

@@ -16,7 +16,17 @@ from models import build, changes, seeded, state
 from torch.utils.checkpoint import checkpoint
 
 import modlab.learn.loop as loop
-from modlab import ContrastConfig, HealConfig, ModulatedLoRA, ModulatedPiSSA, contrast, gradient_cosine, heal, tiny_model
+from modlab import (
+    ContrastConfig,
+    HealConfig,
+    HistoryBake,
+    ModulatedLoRA,
+    ModulatedPiSSA,
+    contrast,
+    gradient_cosine,
+    heal,
+    tiny_model,
+)
 from modlab.learn.recompute import without_dropout
 from modlab.learn.runfile import RunFile
 from modlab.learn.settings import _RATES, _rate_of
@@ -392,6 +402,22 @@ def test_checkpointing_stays_on_and_changes_nothing(kind, reentrant, arch):
     assert counts[1] >= 2 * counts[0] > 0, "every block of a step runs a second time"
     assert (plain.log.drop(columns="split") - checked.log.drop(columns="split")).abs().max().max() < 1e-6
     for name, p in numbers(plain).items(): torch.testing.assert_close(numbers(checked)[name], p, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@BOTH
+def test_checkpointing_beside_a_history_in_force_trains_and_leaves_nothing(kind, reentrant):
+    runs = []
+    for on in (False, True):
+        model = tiny_model()[0]
+        if on: model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+        functions, kept = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()], lora(model)
+        for B in kept.B.values(): B.data.normal_(std=0.1, generator=seeded(1))
+        with HistoryBake(model, [(kept, 1.0)]): runs.append(go(kind, model=model, max_len=64, epochs=1))
+        assert functions == [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
+    plain, checked = map(numbers, runs)
+    assert any(p.abs().max() > 0 for name, p in checked.items() if name.startswith("B."))
+    for name, p in plain.items(): torch.testing.assert_close(checked[name], p, atol=1e-6, rtol=1e-5)
 
 
 def test_gradients_under_checkpointing_are_those_without(tiny):

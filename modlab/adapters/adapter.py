@@ -59,6 +59,7 @@ class _Block:
         return a
 
     def __exit__(self, *exc) -> None: self.leave.close()
+    def __repr__(self) -> str: return f"{self.adapter!r}; this attaches it at c = {self.c}, in: with adapter(model, c): ..."
     def __del__(self) -> None:
         if self.used: return
         warnings.warn(f"adapter(model, c) of a {type(self.adapter).__name__} was called without with, so nothing was attached; "

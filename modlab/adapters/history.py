@@ -119,6 +119,9 @@ class HistoryBake(_Stacked):
         if any(a.has_offset for a in total):
             raise ValueError("an adapter of this history is extracted: the weights alone are not the base; use PiSSAHistoryBake, "
                              "or restore_base_W() it first")
+        if any(a.bakes for a in total):
+            raise RuntimeError("an adapter of this history is in another one in force and would count twice (a cell that was run "
+                               "twice?); remove() that one first, or leave its baked block")
 
     def set_gate(self, is_active) -> None:
         "`is_active()` is asked at every layer: True is the history, False the base, a bool tensor `(b,)` one of them per row."

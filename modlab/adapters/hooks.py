@@ -190,9 +190,9 @@ def _attach(hooks:Hooks, model:nn.Module, c:Coeff) -> ExitStack:
         return leave.pop_all()
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #3e4f4e89
-def check_model(adapter:object, # whatever has layers
-                model:nn.Module) -> None:
+def check_model(adapter:object, model:nn.Module) -> None: # the adapter: whatever has layers
     "`ValueError` unless the layers of the adapter are layers of this model."
+    if not hasattr(adapter, "layers"): raise ValueError(f"a {type(adapter).__name__} in the place of the adapter; mind the order")
     there = set(map(id, model.modules()))
     missing = [n for n, layer in adapter.layers.items() if id(layer) not in there]
     if not missing: return

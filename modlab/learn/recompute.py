@@ -40,7 +40,7 @@ def without_dropout(model:nn.Module) -> Iterator[None]:
     with evaluating(model), ExitStack() as back:
         for m in _checkpointed(model):
             m.training = True
-            if (function := getattr(m, _FUNCTION, None)) is None: continue
+            if (function := vars(m).get(_FUNCTION)) is None: continue # its own, not what an attached adapter makes of it
             back.callback(setattr, m, _FUNCTION, function)
             plain = isinstance(function, partial) or function is checkpoint
             setattr(m, _FUNCTION, partial(_recomputing, partial(function, use_reentrant=False) if plain else function, m))

@@ -74,7 +74,7 @@ def _rate_of(adapter:object, trainer:str) -> float:
     stated = next((_RATES[kind] for kind in kinds if kind in _RATES), {})
     if trainer in stated: return stated[trainer]
     raise ValueError(f"an adapter of kind {adapter.kind!r} states no default learning rate for {trainer}; give lr=, or add a "
-                     "line to modlab.learn.settings.RATES")
+                     "line to modlab.learn.settings._RATES")
 
 def with_rate(cfg:TrainConfig, adapter:object, trainer:str) -> TrainConfig:
     "The same settings with the rate that will be used."

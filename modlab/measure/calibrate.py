@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
+from ..adapters.hooks import check_model
 from ..maths.divergence import AGGREGATES, aggregate
 from .crossing import Crossing, crossing
 from .dose import bar_options, compare, readings, states_at
@@ -134,6 +135,7 @@ def calibrate_c(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, #
                ) -> Calibration:
     "The dose whose KL(c‖0) meets a budget. Not found in the bracket: `reached` False, `c` NaN. `ValueError`: bad arguments."
     _check_budget(target_kl, stat, sign, bracket, tol)
+    check_model(adapter, model)
     encoded = [None if r is None else encode_records(tok, r, sides_of(r)[0], max_len) for r in (records, held_out)]
     text = [list(in_batches(tok, part, batch_size)) for part in _split(*encoded)]
     with evaluating(model), adapter(model, 0.0):

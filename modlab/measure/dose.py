@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
+from ..adapters.hooks import check_model
 from ..maths.divergence import AGGREGATES, aggregate, kl_fwd, kl_rev, token_nll
 from ..model.loading import evaluating
 from ..model.readout import Readout, answer_ids, answer_rows
@@ -68,7 +69,7 @@ def bar_options(progress:bool) -> dict: # keywords of tqdm
 
 def check_doses(cs:Sequence[float]) -> list[float]:
     "The doses as floats. `ValueError` unless they are finite numbers, at least one."
-    if not np.ndim(cs): raise ValueError(f"cs must be a list of doses, got {cs!r}; for one dose give [c]")
+    if np.ndim(cs) != 1: raise ValueError(f"cs must be a list of doses, got {cs!r}; for one dose give [c]")
     doses = [float(c) for c in cs]
     if not doses or not all(map(math.isfinite, doses)): raise ValueError(f"cs must be finite numbers, at least one; got {doses}")
     return doses
@@ -106,6 +107,7 @@ def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # de
     """One row per dose: c; mean, rmse, p95, max over tokens of KL(c‖0) (`kl_rev_…`) and KL(0‖c) (`kl_fwd_…`), in nats, on the
     chosen answers or completions; their nll; for pairs also nll_rej and margin = nll_rej − nll; n_tokens."""
     cs, sides, bar = check_doses(cs), sides_of(records), bar_options(progress)
+    check_model(adapter, model)
     encoded = encode_sides(tok, records, max_len, sides)
     text = {side: list(in_batches(tok, [answers[side] for answers in encoded], batch_size)) for side in sides}
     with evaluating(model), adapter(model, 0.0):

@@ -118,6 +118,8 @@ def output_head(model:nn.Module) -> nn.Module|None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 def _verdicts(model:nn.Module, cfg:LoRAConfig) -> dict[str, str]: # full name -> reason, "" if selected
+    if not isinstance(cfg, LoRAConfig):
+        raise ValueError(f"a {type(cfg).__name__} in the place of cfg, expected a LoRAConfig; that of an adapter is adapter.cfg")
     stacks, head = block_stacks(model), output_head(model)
     head = None if head is None else inner_model(head)
     if not stacks and cfg.layer_range != (0.0, 1.0):

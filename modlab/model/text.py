@@ -74,6 +74,9 @@ def encode(tok:PreTrainedTokenizerBase,
 # %% ../../nbs/2_model/04_text.ipynb #0196f110
 def sides_of(records:Sequence[dict]) -> tuple[str, ...]: # ("cho", "rej") for pairs, ("completion",) for samples
     "The answers that every record carries; `ValueError` names the first record that is of neither kind or of another kind."
+    if isinstance(records, str | Mapping) or not hasattr(records, "__len__"):
+        raise ValueError(f"a {type(records).__name__} in the place of the records, expected a list of dicts {{prompt, cho, rej}} "
+                         "or {prompt, completion}")
     if not len(records): raise ValueError("no records: give dicts {prompt, cho, rej} or {prompt, completion}")
     for n, record in enumerate(records):
         if not isinstance(record, Mapping): raise ValueError(f"record {n} is {record!r}, expected a dict")
