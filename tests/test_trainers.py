@@ -76,6 +76,8 @@ A, B = HealConfig(min_train=8), ContrastConfig()
     (lambda m, t, a: heal(m, t, SAMPLES, (), A), "history="),
     (lambda m, t, a: heal(m, t, a, SAMPLES, [(a, 1.0)]), "history="),
     (lambda m, t, a: contrast(m, t, a, PAIRS, [(a, 1.0)]), "history="),
+    (lambda m, t, a: contrast(m, t, a, PAIRS, B, [(a, 1.0)]), "history="),
+    (lambda m, t, a: heal(m, t, a, SAMPLES, A, [(a, 1.0)]), "history="),
     (lambda m, t, a: heal(m, t, SAMPLES, history=A), "history .* HealConfig.*cfg="),
     (lambda m, t, a: heal(m, t, SAMPLES, A, history=a), "history is a list"),
     (lambda m, t, a: contrast(m, t, a, PAIRS, B, history=B), "history .* ContrastConfig.*cfg="),

@@ -182,12 +182,13 @@ def contrast(model:nn.Module, # that the adapter was built on
              adapter:object, # detached; trained in place
              pairs:object=None, # {prompt, cho, rej}
              cfg:object=None, # ContrastConfig; None: ContrastConfig()
-             *, history:object=(), # [(adapter, c), ...]: what was kept before
+             *late:object, # nothing: a history goes by name
+             history:object=(), # [(adapter, c), ...]: what was kept before
              resume:str|Path|None=None, # a file that is written as the run goes, and continued from if it is there
             ) -> ContrastRun:
     """Train an adapter at `+C` towards `cho` and at `-C` towards `rej`. `ValueError`, `RuntimeError`: bad input, or another run's
     file; `OSError`: no writing at `resume`; `NonFiniteLoss`, with what there is. Nothing is left attached."""
-    _FRONT.check(adapter, pairs, history)
+    _FRONT.check(adapter, pairs, history, late)
     cfg = with_rate(_FRONT.settings(cfg), adapter, "contrast")
     check_entry(adapter, model)
     with run_file(resume, device_of(model.get_input_embeddings())) as file:

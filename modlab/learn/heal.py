@@ -182,13 +182,14 @@ def heal(model:nn.Module, # any Hugging Face causal LM; it is frozen
          adapter:object=None, # detached, trained in place; leave it out for a fresh LoRA of the settings
          samples:object=None, # {prompt, completion}
          cfg:object=None, # HealConfig; None: HealConfig()
-         *, history:object=(), # [(adapter, c), ...]: what was kept before
+         *late:object, # nothing: a history goes by name
+         history:object=(), # [(adapter, c), ...]: what was kept before
          resume:str|Path|None=None, # a file that is written as the run goes, and continued from if it is there
         ) -> HealRun:
     """Train an adapter on top of a history, at `c = 1`, held back by a barrier. `ValueError`: bad input, or another run's file;
     `OSError`: no writing at `resume`; `NonFiniteLoss`, with what there is. Nothing is left attached."""
     adapter, samples, cfg = _sorted_out(adapter, samples, cfg)
-    _FRONT.check(adapter, samples, history)
+    _FRONT.check(adapter, samples, history, late)
     cfg = _FRONT.settings(cfg)
     if adapter is not None: check_entry(adapter, model)
     with run_file(resume, device_of(model.get_input_embeddings())) as file:

@@ -68,8 +68,9 @@ class Front:
     def by_name(self) -> ValueError:
         return ValueError(f"a history goes by name, history=[(adapter, c), ...]; the call is {self.usage}")
 
-    def check(self, adapter:object, records:object, history:object) -> None:
+    def check(self, adapter:object, records:object, history:object, late:tuple=()) -> None: # late: given after the settings
         "`ValueError` for an argument in the wrong place."
+        if late: raise self.by_name()
         missing = adapter is None and self.makes
         if not (missing or isinstance(adapter, Adapter)): raise self.wrong(adapter, "the adapter")
         _check_history(self, history)
