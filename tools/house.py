@@ -197,13 +197,32 @@ class House:
         found = {name: self.above(name) for name in self.exported() if name in self.classes()}
         return {name: above for name, above in found.items() if "Adapter" in above}
 
+    def within_reach(self, name: str) -> set[str]:
+        "The modules whose functions a module may call: itself, what it imports near and far, and the kinds of adapter."
+        found, todo = set(), [name, *(home for kind, home in self.exported().items() if kind in self.kinds())]
+        while todo:
+            here = todo.pop()
+            if here not in self.modules or here in found: continue
+            found.add(here)
+            for base, names in self.modules[here].imports().items(): todo += [base, *(f"{base}.{n}" for n in names)]
+        return found
+
     def hops(self, start: str = "load_adapter") -> int:
-        "The longest chain of modlab's functions, by name, from `load_adapter` down."
-        bodies = {f.name: f for m in self.modules.values() for f in ast.walk(m.tree) if isinstance(f, Function)}
-        def deep(name: str, seen: frozenset) -> int:
-            names = {called(n) for n in ast.walk(bodies[name]) if isinstance(n, ast.Call)} - seen - GENERIC
-            return 1 + max([deep(n, seen | {n}) for n in names if n in bodies], default=0)
-        return deep(start, frozenset([start])) if start in bodies else 0
+        "The longest chain of modlab's functions from `load_adapter` down, by name and within reach of each module."
+        homes = {}
+        for name, m in self.modules.items():
+            for f in ast.walk(m.tree):
+                if isinstance(f, Function): homes.setdefault(f.name, []).append((name, f))
+        reach = {name: self.within_reach(name) for name in self.modules}
+        known = {}
+        def deep(home: str, f: ast.AST) -> int:
+            if (home, f) in known: return known[home, f]
+            known[home, f] = 1 # a function that comes back to itself goes no deeper
+            names = {called(n) for n in ast.walk(f) if isinstance(n, ast.Call)} - GENERIC
+            there = [(h, g) for n in sorted(names) for h, g in homes.get(n, []) if h in reach[home]]
+            known[home, f] = 1 + max([deep(h, g) for h, g in there], default=0)
+            return known[home, f]
+        return max([deep(home, f) for home, f in homes.get(start, [])], default=0)
 
 
 GENERIC = {"get", "items", "update", "copy", "load", "save", "close", "keys", "values", "append", "extend", "pop", "add", "set",
