@@ -199,7 +199,7 @@ def test_a_dose_of_the_wrong_length_or_shape(kind):
     with a(model, torch.ones(2)):
         for call in (lambda: logits(model, tokens()), lambda: model.generate(tokens(), max_new_tokens=2),
                      lambda: model.base_model(tokens())):
-            refused(model, ValueError, ["2 coefficients", "3 rows"], call)
+            refused(model, ValueError, ["2 doses", "3 rows"], call)
         a.set_coeff(torch.ones(3))
         assert logits(model, tokens()).isfinite().all()
         refused(model, ValueError, [r"\(3, 1\)", r"\(b,\)"], lambda: a.set_coeff(torch.ones(3, 1)))

@@ -72,7 +72,7 @@ def test_the_inner_model_may_be_called(arch, kind):
     for entered in (model, model.base_model):
         with torch.no_grad(), a(entered, c):
             assert torch.equal(model.base_model(input_ids=ids).last_hidden_state, y)
-            with pytest.raises(ValueError, match="3 coefficients.*2 rows"): model.base_model(ids[:2])
+            with pytest.raises(ValueError, match="3 doses.*2 rows"): model.base_model(ids[:2])
     assert not changes(before, model)
 
 

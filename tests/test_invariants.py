@@ -131,7 +131,7 @@ def test_leaving_restores_everything(arch, dtype, kind):
         logits(model, ids)
     assert not changes(before, model) and not a.attached and a.c == 0
     with pytest.raises(ZeroDivisionError), a(model, torch.tensor([1.0, 2.0, 3.0])): _ = 1 / 0
-    with pytest.raises(ValueError, match="2 coefficients.*3 rows"), a(model, torch.ones(2)): logits(model, ids)
+    with pytest.raises(ValueError, match="2 doses.*3 rows"), a(model, torch.ones(2)): logits(model, ids)
     assert not changes(before, model) and not a.attached and isinstance(a.c, float) and a.c == 0
     assert torch.equal(logits(model, ids), y)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .files import (Checkpoint, check_file, check_ranks, check_shapes, config_from, config_meta, fill, layers_for,
                                    read_checkpoint, refill)
-from .hooks import Adder, Coeff, Hooks, LowRankAdder, Parts, check_layer, check_model, gain_at
+from .hooks import Adder, DoseLike, Hooks, LowRankAdder, Parts, check_layer, check_model, gain_at
 from ..maths.lowrank import LowRank
 from ..model.format import Tables, write_file
 from ..model.layers import guard_4bit, layer_shape
@@ -98,7 +98,7 @@ class Adapter:
     @property
     def attached(self) -> bool: return self.hooks.attached # is it attached to its model now
     @property
-    def c(self) -> Coeff: return self.hooks.c # the current dose; 0 while detached
+    def c(self) -> DoseLike: return self.hooks.c # the current dose; 0 while detached
     def set_coeff(self, c:float|Tensor) -> None:
         "Change the dose inside a `with adapter(model)` block; `RuntimeError` outside of one, `ValueError` for a bad `c`."
         self.hooks.set(c)

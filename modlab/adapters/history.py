@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .hooks import Coeff, Hooks, LowRankAdder, as_coeff, check_model
+from .hooks import DoseLike, Hooks, LowRankAdder, as_dose, check_model
 from ..maths.lowrank import LowRank, stack
 from ..model.changes import fold_for_good, folded
 from ..model.layers import shared_weights, why_fixed
@@ -32,7 +32,7 @@ def _check_kept(n:int, entry:object, model:nn.Module) -> None:
     if not (isinstance(entry, tuple | list) and len(entry) == 2 and isinstance(entry[0], Adapter)):
         raise ValueError(f"history[{n}] is {entry!r}, expected (adapter, c)")
     a, c = entry
-    if not isinstance(as_coeff(c), float): raise ValueError(f"history[{n}]: c must be one number, got {tuple(c.shape)} of them")
+    if not isinstance(as_dose(c), float): raise ValueError(f"history[{n}]: c must be one number, got {tuple(c.shape)} of them")
     check_model(a, model)
     for name, layer in a.layers.items(): check_unchanged(name, layer)
     if a.attached: raise RuntimeError(f"history[{n}] is attached and would count twice; leave its with block first, or "
@@ -61,7 +61,7 @@ def layers_of(total:Mapping[Adapter, float]) -> dict[str, nn.Module]: # full nam
     return {name: layer for a in total for name, layer in a.layers.items()}
 
 # %% ../../nbs/3_adapters/06_history.ipynb #d08223b6
-def _as_gate(value:object) -> Coeff: # 1.0 or 0.0, or a tensor (b,) of them
+def _as_gate(value:object) -> DoseLike: # 1.0 or 0.0, or a tensor (b,) of them
     "What a gate said, as the dose of the whole map; `ValueError` unless it is a bool or one bool per row."
     if isinstance(value, bool): return float(value)
     if isinstance(value, Tensor) and value.dtype == torch.bool and value.ndim < 2:

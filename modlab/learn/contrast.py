@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import no_type_check
 
 import pandas as pd
 import torch
@@ -177,13 +178,14 @@ def _trained(model:nn.Module, adapter:Adapter, pairs:Sequence[Pair], history:His
                    file=file, identity=identity, **apart)
 
 # %% ../../nbs/4_learn/10_contrast.ipynb #21f7b519
+@no_type_check # under test too, an argument in the wrong place is told by `Front`
 def contrast(model:nn.Module, # that the adapter was built on
              tok:PreTrainedTokenizerBase,
-             adapter:object, # detached; trained in place
-             pairs:object=None, # {prompt, cho, rej}
-             cfg:object=None, # ContrastConfig; None: ContrastConfig()
+             adapter:Adapter, # detached; trained in place
+             pairs:Sequence[dict]|None=None, # {prompt, cho, rej}
+             cfg:ContrastConfig|None=None, # None: ContrastConfig()
              *late:object, # nothing: a history goes by name
-             history:object=(), # [(adapter, c), ...]: what was kept before
+             history:History=(), # [(adapter, c), ...]: what was kept before
              resume:str|Path|None=None, # a file that is written as the run goes, and continued from if it is there
             ) -> ContrastRun:
     """Train an adapter at `+C` towards `cho` and at `-C` towards `rej`. `ValueError`, `RuntimeError`: bad input, or another run's

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import no_type_check
 
 import pandas as pd
 import torch
@@ -177,13 +178,14 @@ def _sorted_out(adapter:object, samples:object, cfg:object) -> tuple[Adapter|Non
     raise _FRONT.wrong(samples, "the samples") if is_records(adapter) else _FRONT.wrong(adapter, "the adapter")
 
 # %% ../../nbs/4_learn/08_heal.ipynb #e034d115
+@no_type_check # under test too, an argument in the wrong place is told by `Front`
 def heal(model:nn.Module, # any Hugging Face causal LM; it is frozen
          tok:PreTrainedTokenizerBase,
-         adapter:object=None, # detached, trained in place; leave it out for a fresh LoRA of the settings
-         samples:object=None, # {prompt, completion}
-         cfg:object=None, # HealConfig; None: HealConfig()
+         adapter:Adapter|None=None, # detached, trained in place; leave it out for a fresh LoRA of the settings
+         samples:Sequence[dict]|None=None, # {prompt, completion}
+         cfg:HealConfig|None=None, # None: HealConfig()
          *late:object, # nothing: a history goes by name
-         history:object=(), # [(adapter, c), ...]: what was kept before
+         history:History=(), # [(adapter, c), ...]: what was kept before
          resume:str|Path|None=None, # a file that is written as the run goes, and continued from if it is there
         ) -> HealRun:
     """Train an adapter on top of a history, at `c = 1`, held back by a barrier. `ValueError`: bad input, or another run's file;

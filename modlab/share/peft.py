@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.hooks import as_coeff, gain_at
+from ..adapters.hooks import as_dose, gain_at
 from ..model.ledger import few
 from ..model.legacy import exactly
 from ..adapters.lora import ModulatedLoRA
@@ -35,7 +35,7 @@ _logger = logging.getLogger("modlab")
 # %% ../../nbs/6_share/03_peft.ipynb #faf57272
 def _one_number(c:object, what:str="c") -> float:
     "`c` as a finite float; `ValueError` otherwise, also for a tensor `(b,)` of them."
-    dose = as_coeff(c)
+    dose = as_dose(c)
     if isinstance(dose, float): return dose
     raise ValueError(f"{what} must be one number, got {len(dose)} of them: a PEFT adapter has one dose; write a folder for each")
 
