@@ -97,6 +97,12 @@ def test_a_class_may_be_longer_where_its_methods_are_short(lines, methods, good)
     assert good == all(p.startswith("remark") for p in problems)
 
 
+@pytest.mark.parametrize("own, cell, bad", [({"kernelspec": {}}, {}, False), ({}, {}, True), ({"kernelspec": {}}, {"tags": []}, True),
+                                            ({"kernelspec": {}, "jupytext": {}}, {}, True)])
+def test_lint_knows_what_a_notebook_may_say_of_itself(own, cell, bad):
+    assert lint.has_other_metadata(new_notebook(metadata=own, cells=[new_code_cell("x = 1", metadata=cell)])) == bad
+
+
 def test_lint_wants_companion_notebooks_executed():
     def companion(outputs): return new_notebook(cells=[new_code_cell("fig, ax = plt.subplots()", outputs=outputs)])
     figure = new_output("display_data", data={"image/png": "AAAA"})

@@ -98,10 +98,14 @@ def output_text(nb) -> list[str]:
                                                    if m.startswith("text/") and isinstance(v, str)]
 
 
+def has_other_metadata(nb) -> bool: return set(nb.metadata) != {"kernelspec"} or any(c.metadata for c in nb.cells)
+
+
 def lint_notebook(path: Path) -> list[str]:
     "All problems of one notebook; those that begin with 'remark' are no reason to refuse it."
     nb, library = nbformat.read(path, as_version=4), re.match(r"\d\d_", path.stem)
     problems = [p for c in nb.cells if c.cell_type == "code" for p in lint_source(c.source)]
+    if has_other_metadata(nb): problems.append("metadata other than its kernelspec, or none: the site needs to know the language")
     problems += [f"directive in a {c.cell_type} cell" for c in nb.cells if c.cell_type != "code" and re.match(r"#\|", c.source)]
     problems += [f"a failed cell: {o.ename}" for c in nb.cells for o in c.get("outputs", []) if o.output_type == "error"]
     problems += [f"memory address in an output: {m[0]}" for t in output_text(nb) for m in [ADDRESS.search(t)] if m]
