@@ -97,8 +97,11 @@ def test_a_class_may_be_longer_where_its_methods_are_short(lines, methods, good)
     assert good == all(p.startswith("remark") for p in problems)
 
 
-@pytest.mark.parametrize("own, cell, bad", [({"kernelspec": {}}, {}, False), ({}, {}, True), ({"kernelspec": {}}, {"tags": []}, True),
-                                            ({"kernelspec": {}, "jupytext": {}}, {}, True)])
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "python3"}}
+
+
+@pytest.mark.parametrize("own, cell, bad", [(KERNEL, {}, False), ({}, {}, True), (KERNEL, {"tags": []}, True),
+                                            (KERNEL | {"jupytext": {}}, {}, True)])
 def test_lint_knows_what_a_notebook_may_say_of_itself(own, cell, bad):
     assert lint.has_other_metadata(new_notebook(metadata=own, cells=[new_code_cell("x = 1", metadata=cell)])) == bad
 
