@@ -456,3 +456,9 @@ def test_checkpointing_of_the_older_kind(tiny):
     assert model.calls == 2 and not model.training and model._gradient_checkpointing_func is checkpoint
     model.gradient_checkpointing = False
     torch.testing.assert_close(g, torch.autograd.grad(model(x).sum(), [model.layer.weight])[0])
+
+
+@pytest.mark.parametrize("kind, label", [("heal", "NLL (nats per token)"), ("contrast", "margin (nats per token)")])
+def test_a_run_draws_itself_with_a_legend(kind, label):
+    ax = go(kind, epochs=1).plot()
+    assert ax.get_ylabel() == label and {"validation"} < {t.get_text() for t in ax.get_legend().get_texts()}

@@ -164,7 +164,9 @@ class TrainRun:
     def plot(self, ax:Axes|None=None) -> Axes:
         "Train and validation curves of the run."
         from modlab.show.plots import plot_nll
-        return plot_nll(self.curve(), ax, self.column)
+        ax = plot_nll(self.curve(), ax, self.column)
+        ax.legend()
+        return ax
 
 # %% ../../nbs/4_learn/07_trainer.ipynb #fccc7fe4
 def _headline(run:TrainRun) -> str:

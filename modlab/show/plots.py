@@ -128,6 +128,8 @@ def plot_gradient_cosine(df:pd.DataFrame, # layer (block, or "all"), cosine; opt
     return ax
 
 # %% ../../nbs/7_show/00_plots.ipynb #0be4a1dc
+_LABELS = dict(nll="NLL", kl="KL") # others are words
+
 def plot_nll(log:pd.DataFrame, # of a run: step, split ("train", "val"), and the column to draw
              ax:Axes|None=None,
              column:str="nll", # what to draw
@@ -143,5 +145,5 @@ def plot_nll(log:pd.DataFrame, # of a run: step, split ("train", "val"), and the
         ax.plot(train["step"], smooth, color="#0072B2", linewidth=1.5, label="train, smoothed")
     elif len(train): ax.plot(train["step"], train[column], "o-", markersize=3, color="#0072B2", linewidth=1.5, label="train")
     if len(val): ax.plot(val["step"], val[column], "s-", color="#D55E00", linewidth=1.5, label="validation")
-    ax.set(xlabel="optimiser step", ylabel=f"{column.upper()} (nats per token)")
+    ax.set(xlabel="optimiser step", ylabel=f"{_LABELS.get(column, column)} (nats per token)")
     return ax
