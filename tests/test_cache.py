@@ -7,11 +7,11 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from rights import unprivileged
 
 from modlab.model import cache
 from modlab.model.cache import thin_svds
@@ -191,15 +191,6 @@ def test_what_was_read_last_is_kept(on, monkeypatch):
     dict(thin_svds(weights[2]))
     names = [cache._key(w["a"]) for w in weights]
     assert {f.stem for f in files(on)} == {names[0], names[2]}
-
-
-@contextmanager
-def unprivileged():
-    "Rights count: a superuser may write anywhere, so another user does the work."
-    me = os.geteuid()
-    if me == 0: os.seteuid(65534)
-    try: yield
-    finally: os.seteuid(me)
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from rights import unprivileged
 from transformers import AutoModelForCausalLM
 
 from modlab import load_model, load_pairs
@@ -94,15 +94,6 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line):
 # ---- a cache that cannot be written ----
 
 posix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="rights of this kind are POSIX")
-
-
-@contextmanager
-def unprivileged():
-    "Rights count: a superuser may write anywhere, so another user does the work."
-    me = os.geteuid()
-    if me == 0: os.seteuid(65534)
-    try: yield
-    finally: os.seteuid(me)
 
 
 @pytest.fixture
