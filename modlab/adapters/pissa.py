@@ -105,8 +105,10 @@ class ModulatedPiSSA(LowRankAdapter):
                  init:tuple[float, float]=(4e-2, 4e-2), # mean and standard deviation of delta_s
                  generator:torch.Generator|None=None, # a CPU generator for delta_s; None uses the global one
                  after:Sequence["ModulatedPiSSA"]=(), # unextracted rounds whose directions are taken
-                 keep_base:bool=True): # keep the original weight, to restore it bit for bit
-        cfg = PiSSAConfig(r, LoRAConfig.alpha, targets, exclude, dtype, layer_range, selection_score, extract, init)
+                 keep_base:bool=True, # keep the original weight, to restore it bit for bit
+                 roles:str|None=None): # "writers": of the targets, those that write to the residual stream
+        cfg = PiSSAConfig(r, LoRAConfig.alpha, targets, exclude, dtype, layer_range, selection_score, extract, init,
+                          roles=roles)
         layers, self.keep_base = find_targets(model, cfg), keep_base
         check_after(model, after)
         check_calibration(layers, selection_score, calibration_activations)
