@@ -35,8 +35,9 @@ class ModulatedLoRA(LowRankAdapter):
                  exclude:str|Sequence[str]=LoRAConfig.exclude, # patterns that win over targets
                  layer_range:tuple[float, float]=(0.0, 1.0), # part of the block stack, as fractions
                  dtype:torch.dtype|None=None, # of the factors; None is float32
-                 generator:torch.Generator|None=None): # a CPU generator for A; None uses the global one
-        cfg = LoRAConfig(r, alpha, targets, exclude, dtype, layer_range)
+                 generator:torch.Generator|None=None, # a CPU generator for A; None uses the global one
+                 roles:str|None=None): # "writers": of the targets, those that write to the residual stream
+        cfg = LoRAConfig(r, alpha, targets, exclude, dtype, layer_range, roles=roles)
         layers = find_targets(model, cfg)
         shapes = {name: layer_shape(layer) for name, layer in layers.items()}
         A = {name: _kaiming(r, i, generator) for name, (o, i) in shapes.items()}

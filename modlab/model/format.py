@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -58,6 +58,7 @@ class _Header(BaseModel):
     exclude: list[str] = []
     dtype: str | None = None
     layer_range: _Two = [0.0, 1.0]
+    roles: Literal["writers"] | None = None
     selection_score: str | None = None
     extract: bool = True
     init: _Two = [0.0, 0.0]

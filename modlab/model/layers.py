@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_linear', 'layer_shape', 'is_quantised', 'guard_4bit', 'offloading', 'device_of', 'dense_weight', 'shared_weights',
-           'why_fixed', 'swap_weight', 'inner_model', 'plain_modules']
+           'why_fixed', 'swap_weight', 'inner_model', 'plain_modules', 'output_head']
 
 # %% ../../nbs/2_model/00_layers.ipynb #209ea698
 from collections import Counter
@@ -140,3 +140,9 @@ def plain_modules(model:nn.Module) -> dict[str, nn.Module]: # in model order; ""
         for key, child in module.named_children(): visit(f"{name}.{key}".lstrip("."), child)
     visit("", model)
     return found
+
+# %% ../../nbs/2_model/00_layers.ipynb #d7f03888
+def output_head(model:nn.Module) -> nn.Module|None:
+    "The output embedding, whatever it is called."
+    model = inner_model(model)
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .layers import device_of, inner_model
-from .targets import output_head
+from .layers import device_of, inner_model, output_head
 from .text import Batch
 
 # %% ../../nbs/2_model/06_readout.ipynb #2c72bca1
