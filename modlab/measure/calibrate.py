@@ -96,7 +96,7 @@ class _Measured:
         "KL(c‖0) of every answer token, in nats."
         self.forwards += len(self.readings)
         bars = tqdm(self.readings, desc=f"c = {c:+.3g}", leave=False, delay=1, **self.bar)
-        parts = [compare(self.readout, r, list(states_at(self.adapter, self.readout, r.batch, [c]))) for r in bars]
+        parts = [compare(self.readout, r, states_at(self.adapter, self.readout, r.batch, [c])) for r in bars]
         return torch.cat([part[0, 0] for part in parts]).double()
 
     def value(self, c:float, stat:str) -> float:
