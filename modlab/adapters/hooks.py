@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..maths.lowrank import LowRank
 from ..model.calls import ADDERS, NOTES, SPANS, guard, here_only, put, take
+from ..model.copies import Cell, Dose, FastMap, GatedCell, Inputs, check_gradient, is_fresh
 from ..model.layers import is_linear
 from ..model.ledger import Whole
 from ..model.rows import Rows, check_rows, text_models
@@ -46,38 +47,6 @@ def gain_at(c:DoseLike,
     part = (c.to(slope.device, wide)[..., None] * slope.to(wide)).to(slope.dtype) if isinstance(c, Tensor) else c * slope
     return part if offset is None else offset + part
 
-# %% ../../nbs/3_adapters/00_hooks.ipynb #e3f52301
-class _Dose:
-    "A dose as the layers of one device use it."
-    def __init__(self, c:DoseLike, device:torch.device, dtype:torch.dtype):
-        self.zero = isinstance(c, float) and c == 0.0
-        with torch.inference_mode(False):
-            self.c = c.to(device, dtype) if isinstance(c, Tensor) else torch.full((), c, device=device, dtype=dtype)
-
-class _Cell:
-    "Where the layers of one device look up the current dose. Setting one attribute changes it for all of them."
-    def __init__(self, dose:_Dose): self.dose = dose
-
-class _GatedCell:
-    "A cell whose dose comes from a gate, a function that every layer asks."
-    def __init__(self, gate:Callable[[], DoseLike], device:torch.device, dtype:torch.dtype):
-        self.gate, self.device, self.dtype = gate, device, dtype
-        self.one, self.nothing = _Dose(1.0, device, dtype), _Dose(0.0, device, dtype)
-
-    @property
-    def dose(self) -> _Dose:
-        c = self.gate()
-        if isinstance(c, Tensor): return _Dose(c, self.device, self.dtype)
-        return self.one if c else self.nothing
-
-# %% ../../nbs/3_adapters/00_hooks.ipynb #4e94ff0c
-def _check_gradient(name:str, layer:nn.Module, x:Tensor, y:Tensor) -> None:
-    "`RuntimeError` for a layer that cuts the gradient to what comes before it."
-    if not (torch.is_grad_enabled() and x.requires_grad) or y.requires_grad: return
-    kind = f"{type(layer).__name__} with a {type(getattr(layer, 'weight', None)).__name__}"
-    raise RuntimeError(f"{name} ({kind}) passes no gradient to its input, and what lies before it would learn from the rest "
-                       "alone; use weight-only quantisation, or torch.no_grad() to run it")
-
 # %% ../../nbs/3_adapters/00_hooks.ipynb #98742ab3
 class Adder:
     "What one layer adds while something is attached: subclasses say `add(x, y)` and, in `bind`, which tensors it needs."
@@ -91,7 +60,7 @@ class Adder:
     def frozen(self) -> "Adder":
         "The same at the current dose and rows, whatever they are later."
         twin = copy.copy(self)
-        twin.cell, twin.rows = _Cell(self.cell.dose), self.rows.frozen()
+        twin.cell, twin.rows = Cell(self.cell.dose), self.rows.frozen()
         return twin
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #4b1a7c81
@@ -108,15 +77,29 @@ class LowRankAdder(Adder):
         with torch.enable_grad(): self.down, self.slope, self.offset, self.up = self.parts()
         self.derived = self.slope.grad_fn is not None  # computed from parameters, so anew in each forward pass
         self.cell = self.hooks.cell(self.slope.device, torch.promote_types(self.slope.dtype, torch.float32))
+        self.fast = FastMap(self.cell.inputs, self.down, self.slope, self.offset, self.up)
+
+    def frozen(self) -> "Adder":
+        twin = super().frozen()
+        twin.fast = None # a block is recomputed for its gradient
+        return twin
 
     def add(self, x:Tensor, y:Tensor) -> Tensor:
         dose = self.cell.dose
         if dose.zero and self.offset is None: return y
-        _check_gradient(self.name, self.layer, x, y)
         if dose.c.ndim: check_rows(self.name, x, len(dose.c), self.rows.now)
+        gated = dose.c.ndim and self.hooks.gate is not None # a gate may say something else to another thread
+        if self.fast is not None and not gated and self.fast.serves(x, y):
+            return self.fast.add(x, y, dose.c, is_fresh(self.layer))
+        return self.added(x, y, dose.c)
+
+    def added(self, x:Tensor, y:Tensor, c:Tensor) -> Tensor:
+        "The plain way, which gradients and compiled graphs take."
+        check_gradient(self.name, self.layer, x, y)
         slope = self.parts()[1] if self.derived else self.slope
-        m = LowRank(self.down, gain_at(dose.c, slope, self.offset), self.up)
+        m = LowRank(self.down, gain_at(c, slope, self.offset), self.up)
         return y + m(x.to(self.down.dtype)).to(y.dtype)
+
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #5b7de729
 class _Span:
@@ -151,15 +134,17 @@ class Hooks:
         "Change the dose. `RuntimeError` while detached, `ValueError` for a bad `c`."
         if not self.attached: raise RuntimeError("not attached; use: with adapter(model, c=...) as a: a.set_coeff(...)")
         self._c = as_dose(c)
-        for (device, dtype), cell in self._cells.items(): cell.dose = _Dose(self._c, device, dtype)
+        for (device, dtype), cell in self._cells.items(): cell.set(Dose(self._c, device, dtype))
 
-    def cell(self, device:torch.device, dtype:torch.dtype) -> _Cell|_GatedCell:
+    def cell(self, device:torch.device, dtype:torch.dtype) -> Cell|GatedCell:
         "Where layers on this device find the dose."
-        if self.gate is not None: return _GatedCell(self.gate, device, dtype)
-        if (device, dtype) not in self._cells: self._cells[device, dtype] = _Cell(_Dose(self._c, device, dtype))
+        if (device, dtype) not in self._cells:
+            gated = self.gate is not None
+            self._cells[device, dtype] = GatedCell(self.gate, device, dtype) if gated else Cell(Dose(self._c, device, dtype))
         return self._cells[device, dtype]
 
     def refresh(self) -> None: # after tables were replaced while attached
+        for cell in self._cells.values(): cell.inputs = Inputs()
         for adder in self._adders: adder.bind()
 
     def attach(self, model:nn.Module, c:float|Tensor=0.0) -> ExitStack: # closing it detaches
