@@ -23,6 +23,7 @@ from ..model.calls import ADDERS, NOTES, SPANS, guard, here_only, put, take
 from ..model.copies import Cell, Dose, FastMap, GatedCell, Inputs, check_gradient, is_fresh
 from ..model.layers import is_linear
 from ..model.ledger import Whole
+from ..model.reach import unreached
 from ..model.rows import Rows, check_rows, text_models
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #11f23718
@@ -51,7 +52,7 @@ def gain_at(c:DoseLike,
 class Adder:
     "What one layer adds while something is attached: subclasses say `add(x, y)` and, in `bind`, which tensors it needs."
     def __init__(self, name:str, layer:nn.Module, hooks:"Hooks"):
-        self.name, self.layer, self.hooks, self.rows = name, layer, hooks, hooks.rows
+        self.name, self.layer, self.hooks, self.rows = name, layer, hooks, hooks.rows_of(name)
         self.bind()
 
     def bind(self) -> None: raise NotImplementedError # read the tensors, and take a cell: self.cell = self.hooks.cell(…)
@@ -120,7 +121,7 @@ class Hooks:
     def __init__(self, layers:Mapping[str, nn.Module], # full name -> layer
                  adder:Callable[[str, nn.Module, "Hooks"], Adder], # makes what one layer adds
                  gate:Callable[[], DoseLike]|None=None): # asked for the dose at every layer: 1.0, 0.0 or a tensor (b,)
-        self.layers, self.adder, self.gate = layers, adder, gate
+        self.layers, self.adder, self.gate, self.textless = layers, adder, gate, None
         self._reset()
 
     def _reset(self) -> None: self.attached, self.rows, self._c, self._cells, self._adders = False, Rows(), 0.0, {}, []
@@ -136,6 +137,7 @@ class Hooks:
         self._c = as_dose(c)
         for (device, dtype), cell in self._cells.items(): cell.set(Dose(self._c, device, dtype))
 
+    def rows_of(self, name:str) -> Rows: return Rows() if name in self.textless else self.rows # what sees no text has no rows
     def cell(self, device:torch.device, dtype:torch.dtype) -> Cell|GatedCell:
         "Where layers on this device find the dose."
         if (device, dtype) not in self._cells:
@@ -166,6 +168,7 @@ def _attach(hooks:Hooks, model:nn.Module, c:DoseLike) -> ExitStack:
     with ExitStack() as leave:
         leave.callback(hooks._reset)
         hooks._c = c
+        if hooks.textless is None: hooks.textless = unreached(model) & hooks.layers.keys()
         hooks._adders = [hooks.adder(name, layer, hooks) for name, layer in hooks.layers.items()]
         places = _places(model, hooks.layers, hooks.rows) + [(a.layer, ADDERS, a) for a in hooks._adders]
         for module, slot, item in places:

@@ -27,31 +27,44 @@ from ..model.targets import LoRAConfig, find_targets
 from ..model.text import Batch, batches, check_count, sides_of
 
 # %% ../../nbs/4_learn/00_activations.ipynb #dab75aee
-def _completion_rows(name:str, x:Tensor, batch:Batch, device:torch.device|str|None=None) -> Float[Tensor, "n i"]:
-    "The rows of `x`, `(b, s, i)` or `(b·s, i)`, that belong to completion tokens; float32, on `device` or where they are."
+def _fits(x:Tensor, batch:Batch) -> bool:
+    "Does `x` hold the tokens of the batch in order: `(b, s, i)`, or flattened `(b·s, i)`?"
+    b, s = batch.is_target.shape
+    return tuple(x.shape[:-1]) in ((b, s), (b * s,), (1, b * s))
+
+def _completion_rows(x:Tensor, batch:Batch, device:torch.device|str|None=None) -> Float[Tensor, "n i"]:
+    "The rows of `x` that belong to completion tokens; float32, on `device` or where they are."
     mask = batch.is_target.flatten().to(x.device)
-    if x.shape[:-1].numel() != mask.numel():
-        raise ValueError(f"{name} sees {tuple(x.shape)} for a batch of {tuple(batch.is_target.shape)} tokens (routed experts do "
-                         "this): its tokens cannot be told apart; exclude this layer")
     return x.reshape(-1, x.shape[-1])[mask].to(device or x.device, torch.float32)
+
+def _check_read(layers:Iterable[str], read:Iterable[str], odd:Mapping[str, tuple], batch:Batch) -> None:
+    "`ValueError` for a layer that was not called, or with other tokens only."
+    for name in sorted(set(layers) - set(read)):
+        if name not in odd: raise ValueError(f"{name} was not called by the model; exclude it")
+        raise ValueError(f"{name} sees {odd[name]} for a batch of {tuple(batch.is_target.shape)} tokens"
+                         + " (routed experts do this)" * (len(odd[name]) == 2) + ": its tokens cannot be told apart; exclude this layer")
 
 # %% ../../nbs/4_learn/00_activations.ipynb #bd1e8e9a
 _Take = Callable[[str, Tensor], None] # what to do with a layer's rows (n, i)
 
 @contextmanager
-def _reading(layers:Mapping[str, nn.Module], batch:Batch, take:_Take, device:torch.device|str|None=None) -> Iterator[set[str]]:
-    "Hand each layer's completion rows to `take` while the block lasts; yields the names that were read, filled by a forward."
-    read, last = set(), [None, None]
+def _reading(layers:Mapping[str, nn.Module], batch:Batch, take:_Take, device:torch.device|str|None=None) -> Iterator[None]:
+    "Hand each layer's completion rows to `take` while the block lasts. `ValueError` at its end for a layer that had none."
+    read, odd, last = set(), {}, [None, None]
     def hook(name:str):
         def note(layer, args, kwargs):
             x = layer_input(args, kwargs)
-            if x is not last[0]: last[:] = x, _completion_rows(name, x, batch, device)
+            if not _fits(x, batch):
+                odd[name] = tuple(x.shape)
+                return
+            if x is not last[0]: last[:] = x, _completion_rows(x, batch, device)
             take(name, last[1])
             read.add(name)
         return note
     with ExitStack() as leave:
         for name, layer in layers.items(): leave.callback(layer.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
-        yield read
+        yield
+    _check_read(layers, read, odd, batch)
 
 # %% ../../nbs/4_learn/00_activations.ipynb #aed362e1
 def _body(model:nn.Module, layers:Mapping[str, nn.Module]) -> nn.Module:
@@ -76,8 +89,7 @@ def _read_side(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Ba
     with evaluating(model):
         for batch in runs:
             batch = _first_targets(batch, limit - count)
-            with _reading(layers, batch, take, device) as read: inner(**batch.inputs(start))
-            if silent := sorted(set(layers) - read): raise ValueError(f"{silent[0]} was not called by the model; exclude it")
+            with _reading(layers, batch, take, device): inner(**batch.inputs(start))
             count += int(batch.is_target.sum())
             if count >= limit: break
 

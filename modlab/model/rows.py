@@ -42,8 +42,8 @@ class NoRows(ValueError):
 
 def check_rows(name:str, x:Tensor, n:int, rows:tuple[int, int]|None) -> None:
     "`ValueError` unless `n` doses can be dealt out to the tokens that this layer sees; `NoRows` if no number of them can."
-    if rows is None: raise NoRows(f"c has {n} doses, but the rows of {name} are unknown: it was not called with "
-                                  "input_ids or inputs_embeds alone; use one float c, or exclude this layer")
+    if rows is None: raise NoRows(f"c has {n} doses, but the rows of {name} are unknown: it sees no text, or was not "
+                                  "called with input_ids or inputs_embeds alone; use one float c, or exclude this layer")
     b, s = rows
     flattened = max(x.shape[:-1], default=1) == x.shape[:-1].numel() == b * s
     if n != b: raise ValueError(f"c has {n} doses, but the batch has {b} rows; give one dose per row, or one float")
