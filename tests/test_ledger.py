@@ -51,12 +51,34 @@ def test_load_state_dict_is_refused_while_something_is_in_force(form, assign):
     model, new = build(), build(seed=1).state_dict()
     base = weights(model)
     end, a = changed(form, model)
-    with pytest.raises(RuntimeError, match=r"load_state_dict would overwrite model\.layers\.0.*restore\(model\)"):
-        model.load_state_dict(new, assign=assign)
+    before = state(model)
+    block = {n.removeprefix("model.layers.1."): t for n, t in new.items()}
+    outer = {f"module.{n}": t for n, t in new.items()}
+    for root, part in ((model, new), (model.model.layers[1], block), (Wrapped(model), outer)):
+        with pytest.raises(RuntimeError, match=r"load_state_dict would overwrite .*q_proj\.weight.*restore\(model\)"):
+            root.load_state_dict(part, strict=False, assign=assign)
+        assert not changes(before, model), "all or nothing"
     ended(form, end, a)
     assert all(torch.equal(layer.weight, base[f"{n}.weight"]) for n, layer in a.layers.items())
     model.load_state_dict(new, assign=assign)
     assert same(model, new), "and afterwards it is a model like any other"
+
+
+@every_form
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+                         ids=["itself", "deepcopy", "pickle"])
+def test_nothing_watches_a_model_that_is_whole(form, copied):
+    model = build()
+    end, a = changed(form, model)
+    twin = copied(model)
+    assert watched(twin) >= {"", "model", "model.layers.0", *a.layers}
+    if twin is model: ended(form, end, a)
+    else: restore(twin)
+    assert not watched(twin)
+
+
+def watched(model):
+    return {n for n, m in model.named_modules() if m._state_dict_pre_hooks or m._load_state_dict_pre_hooks}
 
 
 def test_loading_what_the_ledger_does_not_concern_is_no_fault():
@@ -245,7 +267,8 @@ def test_the_last_fold_to_go_hands_back_the_first_tensor(order):
         leave[n].close()
         left.remove(n)
         torch.testing.assert_close(layer.weight.data, W + sum((maps[k]["layer"].matrix() for k in left), torch.zeros(3, 4)))
-    assert torch.equal(layer.weight, W) and layer.weight.data_ptr() == address and not ledger_of(layer).hooks
+    assert torch.equal(layer.weight, W) and layer.weight.data_ptr() == address
+    assert not layer._state_dict_pre_hooks and not layer._load_state_dict_pre_hooks
 
 
 def rank_one(n):

@@ -173,8 +173,8 @@ def baked(model:nn.Module, # that every adapter was built on
     foldable = {name: layer for name, layer in layers.items() if name not in fixed}
     _check_untied(model, foldable)
     hooked, gives = {name: stacked(total, name) for name in fixed}, [a.id for a in total if a.extracted]
-    with (_in_force(total), folded(foldable, lambda name: stacked(total, name), gives), _Stacked(model, fixed, hooked)):
-        yield model
+    maps = lambda name: stacked(total, name)
+    with _in_force(total), folded(foldable, maps, gives, model), _Stacked(model, fixed, hooked): yield model
 
 # %% ../../nbs/3_adapters/06_history.ipynb #33d4009f
 def _check_bakeable(model:nn.Module, total:Mapping[Adapter, float], layers:Mapping[str, nn.Module]) -> None:
@@ -197,5 +197,5 @@ def bake_(model:nn.Module, # that every adapter was built on
     total = doses(model, history)
     layers = layers_of(total)
     _check_bakeable(model, total, layers)
-    fold_for_good(layers, lambda name: stacked(total, name), [a.id for a in total], again)
+    fold_for_good(layers, lambda name: stacked(total, name), [a.id for a in total], again, model)
     for a in total: a.folded_in()

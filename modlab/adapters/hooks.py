@@ -19,9 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..maths.lowrank import LowRank
-from ..model.calls import ADDERS, NOTES, SPANS, guard, here_only, put, take
+from ..model.calls import ADDERS, NOTES, guard, here_only, put, take
 from ..model.copies import Cell, Dose, FastMap, GatedCell, Inputs, check_gradient, is_fresh
-from ..model.layers import is_linear
 from ..model.ledger import Whole
 from ..model.reach import unreached
 from ..model.rows import Rows, check_rows, text_models
@@ -103,17 +102,9 @@ class LowRankAdder(Adder):
 
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #5b7de729
-class _Span:
-    "A block that can be checkpointed, as the layers in it that may add something."
-    def __init__(self, block:nn.Module, layers:set[int]): # ids of the layers that something is attached to
-        self.layers = tuple(m for m in block.modules() if is_linear(m) or id(m) in layers)
-
-def _places(model:nn.Module, layers:Mapping[str, nn.Module], rows:Rows) -> list[tuple]: # (module, slot, item)
-    "Where notes and spans go."
-    ids = set(map(id, layers.values()))
-    blocks = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-    notes = [(m, NOTES, note) for m in text_models(model) for note in (rows, Whole(model))]
-    return notes + [(m, SPANS, _Span(m, ids)) for m in blocks]
+def _places(model:nn.Module, rows:Rows) -> list[tuple]: # (module, slot, item)
+    "Where notes go."
+    return [(m, NOTES, note) for m in text_models(model) for note in (rows, Whole(model))]
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #738f4ac9
 class Hooks:
@@ -170,9 +161,9 @@ def _attach(hooks:Hooks, model:nn.Module, c:DoseLike) -> ExitStack:
         hooks._c = c
         if hooks.textless is None: hooks.textless = unreached(model) & hooks.layers.keys()
         hooks._adders = [hooks.adder(name, layer, hooks) for name, layer in hooks.layers.items()]
-        places = _places(model, hooks.layers, hooks.rows) + [(a.layer, ADDERS, a) for a in hooks._adders]
+        places = _places(model, hooks.rows) + [(a.layer, ADDERS, a) for a in hooks._adders]
         for module, slot, item in places:
-            item = item if slot == SPANS else guard(item)
+            item = guard(item)
             put(module, slot, item)
             leave.callback(take, module, slot, item)
         return leave.pop_all()

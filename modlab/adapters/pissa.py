@@ -148,7 +148,7 @@ class ModulatedPiSSA(LowRankAdapter):
     def restore_base_W(self) -> None:
         "Put the base weight back and go on unextracted. `RuntimeError` if not extracted, or if a later round is still out."
         if not self.extracted: raise RuntimeError("nothing to restore: this adapter is not extracted")
-        put_back(self.layers, self.id)
+        put_back(self.layers, self.id, self.model)
         self.hooks.refresh()
 
     def load(self, path, strict:bool=True) -> None:
@@ -175,7 +175,7 @@ class ModulatedPiSSA(LowRankAdapter):
         super().settle(meta)
         with torch.no_grad():
             for name, step in self.step.items(): self.theta[name].div_(step)
-        self._key = extract(self.layers, self.id, self.held, self.keep_base) if self.cfg.extract else ""
+        self._key = extract(self.layers, self.id, self.held, self.keep_base, self.model) if self.cfg.extract else ""
 
     def new_id(self) -> str: return _round_id(self.S, self.layers) if self.cfg.extract else super().new_id()
     def meta(self) -> dict: return super().meta() | dict(extract=self.extracted)

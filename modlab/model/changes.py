@@ -7,8 +7,8 @@ __all__ = ['extract', 'is_extracted', 'put_back', 'folded', 'fold_for_good', 're
 
 # %% ../../nbs/2_model/03_changes.ipynb #fc5e005b
 import uuid
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import Float
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from ..maths.lowrank import LowRank, fold
 from .layers import dense_weight, swap_weight, why_fixed
-from .ledger import LOCK, Entry, Ledger, check_unchanged, extractions_of, ledger_of, note_change, open_ledger, stamp
+from .ledger import LOCK, Entry, Ledger, check_unchanged, extractions_of, few, ledger_of, note_change, open_ledger, stamp
 
 # %% ../../nbs/2_model/03_changes.ipynb #7eeea1c7
 def _enter(layer:nn.Module, entry:Entry, W:Float[Tensor, "o i"], keep:bool=True) -> None:
     "Let the layer hold `W`, under a new entry."
     ledger = open_ledger(layer)
-    _guard(ledger, layer)
     before = swap_weight(layer, W)
     entry.before = before if keep else None
     ledger.entries.append(entry)
@@ -56,7 +55,6 @@ def _drop(layer:nn.Module, entry:Entry) -> None:
     ledger.entries.remove(entry)
     note_change()
     if ledger.entries: stamp(layer, ledger)
-    else: _unguard(ledger)
 
 # %% ../../nbs/2_model/03_changes.ipynb #8278bea4
 def _refuse_saving(layer:nn.Module, prefix:str, keep_vars:bool) -> None:
@@ -64,28 +62,46 @@ def _refuse_saving(layer:nn.Module, prefix:str, keep_vars:bool) -> None:
     raise RuntimeError(f"{prefix[:-1] or 'this layer'} holds only a part of its weight, the rest is extracted; call "
                        "restore(model), or bake_(model, history), before state_dict or save_pretrained")
 
-def _refuse_loading(layer:nn.Module, state:Mapping, prefix:str, *_) -> None:
-    if prefix + "weight" not in state or not ledger_of(layer).entries: return
-    raise RuntimeError(f"load_state_dict would overwrite {prefix}weight while a part of it is taken out or folded in, and the "
-                       "new values would be lost; call restore(model), or leave the baked block, and load again")
+def _refuse_loading(module:nn.Module, state:Mapping, prefix:str, *_) -> None:
+    keys = {prefix + (f"{name}." if name else "") + "weight": m for name, m in module.named_modules() if ledger_of(m).entries}
+    if not (hit := [key for key in keys if key in state]): return
+    raise RuntimeError(f"load_state_dict would overwrite {few(hit)} while a part of it is taken out or folded in, and the new "
+                       "values would be lost; nothing is loaded. Call restore(model), or leave the baked block, and load again")
 
 # %% ../../nbs/2_model/03_changes.ipynb #59505f19
-def _guard(ledger:Ledger, layer:nn.Module) -> None:
-    ledger.hooks = ledger.hooks or [layer.register_state_dict_pre_hook(_refuse_saving),
-                                    layer.register_load_state_dict_pre_hook(_refuse_loading)]
+def _switch(hooks:dict, hook:Callable, register:Callable, on:bool) -> None:
+    "Let a module call `hook`, once, or not at all."
+    there = [key for key, known in hooks.items() if getattr(known, "hook", known) is hook]
+    if on and not there: register(hook)
+    for key in () if on else there: del hooks[key]
 
-def _unguard(ledger:Ledger) -> None: # without an entry there is nothing to refuse
-    while ledger.hooks and not ledger.entries: ledger.hooks.pop().remove()
+def _watch(model:nn.Module) -> None:
+    "Let the changed layers refuse to be saved, and them and the modules above them to be loaded; and nothing else."
+    modules = dict(model.named_modules())
+    changed = [name for name, m in modules.items() if ledger_of(m).entries]
+    above = {name[:n] for name in changed for n, letter in enumerate(name + ".") if letter == "."} | {""} if changed else set()
+    for name, m in modules.items():
+        _switch(m._load_state_dict_pre_hooks, _refuse_loading, m.register_load_state_dict_pre_hook, name in above)
+        _switch(m._state_dict_pre_hooks, _refuse_saving, m.register_state_dict_pre_hook, name in changed)
+
+@contextmanager
+def _changing(layers:Mapping[str, nn.Module], model:nn.Module|None=None) -> Iterator[None]:
+    "No other thread changes a weight within the block; afterwards what is watched is what is in force."
+    with LOCK:
+        try: yield
+        finally:
+            for root in layers.values() if model is None else [model]: _watch(root)
 
 # %% ../../nbs/2_model/03_changes.ipynb #f63f6449
 def extract(layers:Mapping[str, nn.Module], # full name -> layer
             owner:str, # id of the adapter
             taken:Callable[[str], LowRank], # the map to take out of each layer, by name
             keep_base:bool=True, # False: restoring is then the round trip `W_res + U S Vh`
+            model:nn.Module|None=None, # that the layers are in, where there is one: it refuses load_state_dict meanwhile
            ) -> str: # a key that `is_extracted` knows this extraction by
     "Leave `W - taken` in every layer, as one more extraction. All or none; errors as `check_unchanged`."
     key = uuid.uuid4().hex
-    with LOCK, ExitStack() as undo:
+    with _changing(layers, model), ExitStack() as undo:
         for name, layer in layers.items():
             check_unchanged(name, layer)
             m = taken(name)
@@ -109,9 +125,9 @@ def _check_free(name:str, layer:nn.Module, entry:Entry) -> None:
         raise RuntimeError(f"a later round is extracted from {name}; restore that one first, or all with restore(model)")
     check_unchanged(name, layer)
 
-def put_back(layers:Mapping[str, nn.Module], owner:str) -> None:
+def put_back(layers:Mapping[str, nn.Module], owner:str, model:nn.Module|None=None) -> None: # model: as of `extract`
     "Undo an extraction: the very tensors, or `W_res + U S Vh` where they were not kept. `RuntimeError` out of order."
-    with LOCK:
+    with _changing(layers, model):
         entries = extractions_of(layers, owner)
         for name, entry in entries.items(): _check_free(name, layers[name], entry)
         for name, entry in entries.items(): _drop(layers[name], entry)
@@ -125,10 +141,11 @@ def _summed(name:str, layer:nn.Module, m:LowRank) -> Tensor: # (o, i)
 def folded(layers:Mapping[str, nn.Module], # full name -> layer
            maps:Callable[[str], LowRank], # what to add to each layer, by name
            gives:Collection[str]=(), # owners whose extraction the maps give back
+           model:nn.Module|None=None, # as of `extract`
           ) -> ExitStack: # closing it takes the maps out again
     "Add a map to every weight. All or none. `ValueError`: not finite in the weight's dtype; errors as `check_unchanged`."
     entries = {}
-    with LOCK, ExitStack() as undo:
+    with _changing(layers, model), ExitStack() as undo:
         for name, layer in layers.items():
             check_unchanged(name, layer)
             entries[name] = Entry(None, gives=frozenset(gives), held=1)
@@ -136,11 +153,11 @@ def folded(layers:Mapping[str, nn.Module], # full name -> layer
             _enter(layer, entries[name], _summed(name, layer, maps(name)))
         undo.pop_all()
     leave = ExitStack()
-    leave.callback(_unfold, layers, entries)
+    leave.callback(_unfold, layers, entries, model)
     return leave
 
-def _unfold(layers:Mapping[str, nn.Module], entries:Mapping[str, Entry]) -> None:
-    with LOCK:
+def _unfold(layers:Mapping[str, nn.Module], entries:Mapping[str, Entry], model:nn.Module|None) -> None:
+    with _changing(layers, model):
         for entry in entries.values(): entry.held = 0
         for name, layer in layers.items(): check_unchanged(name, layer)
         for name, entry in entries.items(): _drop(layers[name], entry)
@@ -161,15 +178,15 @@ def _check_final(name:str, layer:nn.Module, owners:Collection[str], again:bool) 
 def fold_for_good(layers:Mapping[str, nn.Module], maps:Callable[[str], LowRank],
                   owners:Collection[str], # ids of the adapters that the maps are made of
                   again:bool=False, # may one of them be folded in for the second time?
+                  model:nn.Module|None=None, # as of `extract`
                  ) -> None:
     "Add a map to every weight and forget the way back. All or none; errors as `folded`, and `RuntimeError` for an owner twice."
-    with LOCK:
+    with _changing(layers, model):
         for name, layer in layers.items(): _check_final(name, layer, owners, again)
         folded(layers, maps, owners).pop_all()
         for ledger in map(ledger_of, layers.values()):
             ledger.entries.clear()
             ledger.for_good.update(owners)
-            _unguard(ledger)
 
 # %% ../../nbs/2_model/03_changes.ipynb #215428c8
 def _check_restorable(name:str, layer:nn.Module, force:bool) -> None:
@@ -184,7 +201,7 @@ def restore(model:nn.Module, # or whatever wraps it
            ) -> None:
     """Undo all extractions, newest first: bit for bit where the base was kept, else the round trip `W_res + U S Vh`. Adapters go
     on unextracted. `RuntimeError`, and no change: an adapter or history is in force, or somebody else wrote to a weight."""
-    with LOCK:
+    with _changing({}, model):
         layers = {name: m for name, m in model.named_modules() if ledger_of(m).entries}
         for name, layer in layers.items(): _check_restorable(name, layer, force)
         for layer in layers.values():

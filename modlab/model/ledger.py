@@ -46,7 +46,6 @@ class Ledger:
     place: tuple = () # where modlab wrote the weight last
     look: list = field(default_factory=list) # its sums and sample
     for_good: set = field(default_factory=set) # owners that were folded in for good
-    hooks: list = field(default_factory=list) # handles of what refuses state_dict and load_state_dict
 
     @property
     def extractions(self) -> list: return [e for e in self.entries if e.taken is not None]
