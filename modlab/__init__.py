@@ -30,6 +30,7 @@ from .learn.loop import NonFiniteLoss
 from .measure.calibrate import Calibration, calibrate_c
 from .measure.dose import kl_curve
 from .measure.grid import grid
+from .measure.writing import generate_at
 from .share.peft import from_peft, to_peft
 
 # What draws is imported when it is asked for: matplotlib and seaborn take as long as the rest of modlab.

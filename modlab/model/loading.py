@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.resources import files
@@ -136,16 +136,33 @@ def _source(name:str|Path) -> str|Path: # what `from_pretrained` takes
     return path if path.exists() else hub_name(name)
 
 # %% ../../nbs/2_model/05_loading.ipynb #85995555
+_FROM_HUB = {"revision", "token", "cache_dir", "subfolder", "trust_remote_code", "local_files_only"} # the tokenizer's too
+
+def _placement(device:torch.device|str|None, kwargs:Mapping) -> dict:
+    "What `from_pretrained` is told of the device. `ValueError`: given twice, or not there."
+    if "device_map" in kwargs:
+        if device is None: return {}
+        raise ValueError(f"device={device!r} and device_map={kwargs['device_map']!r} both say where the model goes; give one")
+    if device is None: device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try: torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device={str(device)!r} cannot be used here: {str(e).splitlines()[0]}; device='cpu' can") from e
+    return {} if torch.device(device).type == "cpu" else dict(device_map={"": device})
+
 def load_model(name:str|Path|None=None, # a folder or Hugging Face id; none for the default model
                dtype:torch.dtype|None=None, # none keeps the dtype of the checkpoint
+               device:torch.device|str|None=None, # none: the accelerator if there is one
+               **kwargs # of `from_pretrained`: device_map="auto", quantization_config=…
               ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # (model in eval mode, tokenizer)
-    "A causal language model and its tokenizer; SmolLM2-135M-Instruct in float32 if none is named. `OSError`: not there."
+    """A causal language model and its tokenizer; SmolLM2-135M-Instruct in float32 if none is named. `OSError`: not there.
+    `ValueError`: a device that is not there, or one beside a `device_map`."""
+    options = kwargs | _placement(device, kwargs)
     source = _default_model_folder() if name is None else _source(name)
-    try: model = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else dtype)
+    try: model = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else dtype, **options)
     except OSError as e:
         if Path(source).is_dir(): raise
         raise OSError(f"{source}: there is no such folder, and as the name of a model on the Hub it gives: {e}") from e
-    return model.eval(), AutoTokenizer.from_pretrained(source)
+    return model.eval(), AutoTokenizer.from_pretrained(source, **{k: v for k, v in kwargs.items() if k in _FROM_HUB})
 
 # %% ../../nbs/2_model/05_loading.ipynb #719ecec9
 @contextmanager
