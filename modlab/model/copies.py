@@ -65,12 +65,24 @@ class _Stack:
         self.gain, self.c = self.gains[gain.shape], c
 
 # %% ../../nbs/2_model/12_copies.ipynb #ae5adddc
+_FEW = 32 # tokens; copies in the type of the factors pay up to here
+
+def _gained(h:Float[Tensor, "t r"], gain:Tensor) -> Float[Tensor, "t r"]: # gain (r,) or (b, r); h is written in place
+    if gain.ndim == 1: return h.mul_(gain)
+    h.view(len(gain), -1, h.shape[1]).mul_(gain[:, None])
+    return h
+
+def _put(y:Float[Tensor, "*batch o"], h:Float[Tensor, "t r"], upT:Float[Tensor, "r o"], fresh:bool) -> Float[Tensor, "*batch o"]:
+    "`y + h · upT`, in place where that may be."
+    if not (fresh and y.is_contiguous()): return torch.addmm(y.reshape(-1, y.shape[-1]), h, upT).view(y.shape)
+    y.view(-1, y.shape[-1]).addmm_(h, upT)
+    return y
+
 def _product(stack:_Stack, n:int, columns:slice, x:Tensor, c:Tensor) -> Float[Tensor, "t _"]:
     "The features of one map, or of all: the input through `down`, times the gain."
-    h = x.reshape(-1, x.shape[-1]) @ stack.downT[:, columns]
+    h = torch.mm(x.reshape(-1, x.shape[-1]), stack.downT[:, columns])
     if c is not stack.c: stack.set(c)
-    gain = stack.gain[..., columns]
-    return h.mul_(gain) if gain.ndim == 1 else (h.view(len(gain), -1, h.shape[1]).mul_(gain[:, None])).view(h.shape)
+    return _gained(h, stack.gain[..., columns])
 
 def _features(stack:_Stack, n:int, x:Tensor, c:Tensor) -> Float[Tensor, "t r"]:
     "Those of map `n`: kept by the first layer of the stack for this very input, or computed."
@@ -130,11 +142,14 @@ class FastMap:
             fresh:bool, # was y made for this call alone? Then it is written in place
            ) -> Float[Tensor, "*batch o"]:
         "The output with what the map adds to it. The tokens of a row are adjacent where there is a dose per row."
+        if x.dtype == self.down.dtype and x.numel() > _FEW * x.shape[-1]:
+            return _put(y, _gained(torch.mm(x.reshape(-1, x.shape[-1]), self.down.T), self.gain(c)), self.up.T, fresh)
         stack, n = self.place or self.inputs.join(self, x)
-        h = _features(stack, n, x, c)
-        if not (fresh and y.is_contiguous()): return torch.addmm(y.reshape(-1, y.shape[-1]), h, stack.upT[n]).view(y.shape)
-        y.view(-1, y.shape[-1]).addmm_(h, stack.upT[n])
-        return y
+        return _put(y, _features(stack, n, x, c), stack.upT[n], fresh)
+
+    def gain(self, c:Tensor) -> Tensor: # (r,) or (b, r)
+        gain = c[..., None] * self.slope.to(self.wide)
+        return gain if self.offset is None else gain + self.offset
 
 # %% ../../nbs/2_model/12_copies.ipynb #1015a349
 class Dose:

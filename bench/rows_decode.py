@@ -1,0 +1,94 @@
+"""Generating under an adapter, beside the bare model: token by token, and one decode step as a captured CUDA graph."""
+import gc
+
+import torch
+from pairs import bytes_per_second, row
+from peers import device, linears, peft
+from rows_forward import filled
+from transformers import StaticCache
+
+from modlab import ModulatedLoRA
+
+NEW = 32
+
+
+def prompt(model, tok, b: int) -> torch.Tensor:
+    return torch.randint(len(tok), (b, 16), generator=torch.Generator().manual_seed(0)).to(device(model))
+
+
+def generating(model, ids):
+    def run():
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
+                       pad_token_id=0)
+    return run
+
+
+def under(adapter, model, run, c=1.0):
+    def steered():
+        with adapter(model, c): run()
+    return steered
+
+
+def least(model, r: int) -> float:
+    "Seconds in which the factors are read once per token."
+    size = next(model.parameters()).element_size()
+    amount = sum(r * (m.in_features + m.out_features) * size for m in linears(model).values())
+    return NEW * amount / bytes_per_second(device(model), 2**30 if device(model).type != "cpu" else 2**26)
+
+
+@torch.no_grad()
+def rows(model, tok, rounds: int = 5) -> list[dict]:
+    lora, gpu, made = filled(ModulatedLoRA(model, r=32)), device(model).type != "cpu", []
+    for b in (1, 8) if gpu else (1,):
+        run = generating(model, prompt(model, tok, b))
+        text, limit = f"generate {NEW}, {b} prompt{'s' * (b > 1)}", least(model, 32)
+        made.append(row(text, "base", under(lora, model, run), run, rounds, lambda base: base + limit, 1.25 if gpu else 1.20, True))
+        if b > 1: made.append(row(f"{text}, one c a row", "base", under(lora, model, run, torch.ones(b)), run, rounds, None, None, True))
+    other, ids = peft(model, 32, share=True), prompt(model, tok, 1)
+    made.append(row(f"generate {NEW}, 1 prompt", "PEFT", under(lora, model, generating(model, ids)), generating(other, ids), rounds))
+    del other
+    gc.collect()
+    return made + (captured_rows(model, tok, lora, rounds) if device(model).type == "cuda" else [])
+
+
+def step_of(model, ids, length: int = 128):
+    "One decode step with a static cache, always at the same position."
+    dtype, where = next(model.parameters()).dtype, ids.device
+    cache, token, at = StaticCache(config=model.config, max_cache_len=length), ids[:, :1].contiguous(), torch.zeros_like(ids[:, :1])
+    mask = torch.zeros(len(ids), 1, 1, length, device=where, dtype=dtype)
+    def step():
+        for layer in cache.layers:
+            if layer.is_initialized: layer.cumulative_length.zero_()
+        return model(input_ids=token, past_key_values=cache, attention_mask=mask, position_ids=at, use_cache=True).logits
+    return step
+
+
+class Captured:
+    "A step as a CUDA graph; holds on to what the graph reads."
+    def __init__(self, step):
+        self.step, self.graph, side = step, torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3): step()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph): self.out = step()
+
+    def __call__(self) -> torch.Tensor:
+        self.graph.replay()
+        return self.out
+
+
+def captured_rows(model, tok, lora, rounds: int) -> list[dict]:
+    "Ten replays of a step, beside ten of the bare model's step: captured, and as generate runs it."
+    made = []
+    for b in (1, 8):
+        ids = prompt(model, tok, b)
+        step, plain = step_of(model, ids), Captured(step_of(model, ids))
+        with lora(model, 1.0):
+            steered = Captured(step_of(model, ids))
+            ten = lambda f: lambda: [f() for _ in range(10)]
+            limit = least(model, 32) * 10 / NEW
+            text = f"decode step captured, {b} prompt{'s' * (b > 1)}"
+            made.append(row(text, "base captured", ten(steered), ten(plain), rounds, lambda base: base + limit, 1.05, True))
+        made.append(row(text, "base eager", ten(steered), ten(step), rounds, None, 1.05, True))
+    return made
