@@ -94,7 +94,8 @@ def check_calibration(layers:Mapping[str, nn.Module], mode:Score, X:Mapping|None
 def decompose(layers:Mapping[str, nn.Module], cfg:PiSSAConfig, X:Mapping|None, after:Sequence[Adapter]) -> dict:
     "The tables U, S, Vh, chosen_idx and spectrum of every layer: decompose, score, keep the best `r`."
     tables = {table: {} for table in ("U", "S", "Vh", "chosen_idx", "spectrum")}
-    for name, (U, S, Vh) in directions(layers, after):
+    first = cfg.r if cfg.selection_score == "s_only" else None # the scores of all others need all directions
+    for name, (U, S, Vh) in directions(layers, after, first):
         stats = None if cfg.selection_score == "s_only" or X is None else projections(name, X[name], S, Vh)
         idx = choose(selection_scores(S, cfg.selection_score, stats, name), cfg.r)
         there = idx.to(U.device)
