@@ -375,8 +375,7 @@ def test_restore_waits_for_the_end_of_the_block():
     check_whole(model)
 
 
-@pytest.mark.parametrize("fails_in", ["fold", "swap_weight", "Entry", "stamp"])
-@pytest.mark.parametrize("fails_at", [0, 4])
+@pytest.mark.parametrize("fails_in,fails_at", [*itertools.product(["fold", "swap_weight", "Entry"], [0, 4]), ("stamp", 0)])
 @pytest.mark.parametrize("what", ["baked", "bake_", "extract"])
 def test_an_error_on_the_way_leaves_nothing_changed(what, fails_in, fails_at, monkeypatch):
     model, calls, step = build(), [], getattr(ways, fails_in)

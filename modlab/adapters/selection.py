@@ -145,7 +145,8 @@ def _shared_out(chosen:Mapping[str, dict], total:int) -> dict[str, dict]:
 def decompose(layers:Mapping[str, nn.Module], cfg:PiSSAConfig, X:Mapping|None, after:Sequence[Adapter]) -> dict:
     "The tables U, S, Vh, chosen_idx, spectrum and step of every layer: decompose, score, keep the best."
     chosen, mode = {}, cfg.selection_score
-    for name, (U, S, Vh) in directions(layers, after):
+    first = cfg.r if mode == "s_only" and not cfg.r_total else None # all other choices need all directions
+    for name, (U, S, Vh) in directions(layers, after, first):
         stats = None if mode == "s_only" or X is None else projections(name, X[name], S, Vh)
         scores = selection_scores(S, mode, stats, name)
         whole = dict(U=U, S=S, Vh=Vh, chosen_idx=torch.arange(len(S)), spectrum=S, score=scores)

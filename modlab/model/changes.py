@@ -9,6 +9,7 @@ __all__ = ['extract', 'is_extracted', 'put_back', 'folded', 'fold_for_good', 're
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from math import isfinite
 
 import torch
 from jaxtyping import Float
@@ -16,17 +17,17 @@ from torch import Tensor, nn
 
 from ..maths.lowrank import LowRank, fold
 from .layers import dense_weight, swap_weight, why_fixed
-from .ledger import LOCK, Entry, Ledger, check_unchanged, extractions_of, few, ledger_of, note_change, open_ledger, stamp
+from .ledger import LOCK, Entry, Ledger, base_print, check_all_unchanged, check_unchanged, extractions_of, few, ledger_of, note_change, open_ledger, stamp
 
 # %% ../../nbs/2_model/03_changes.ipynb #7eeea1c7
 def _enter(layer:nn.Module, entry:Entry, W:Float[Tensor, "o i"], keep:bool=True) -> None:
-    "Let the layer hold `W`, under a new entry."
+    "Let the layer hold `W`, under a new entry. The caller stamps it."
     ledger = open_ledger(layer)
+    if not keep: ledger.base = base_print(layer)
     before = swap_weight(layer, W)
     entry.before = before if keep else None
     ledger.entries.append(entry)
     note_change()
-    stamp(layer, ledger)
 
 # %% ../../nbs/2_model/03_changes.ipynb #96869aab
 def _added_again(W:Tensor, before:Tensor, after:Tensor) -> Tensor:
@@ -54,7 +55,7 @@ def _drop(layer:nn.Module, entry:Entry) -> None:
     for later, before in zip(ledger.entries[at + 1:], befores): later.before = before
     ledger.entries.remove(entry)
     note_change()
-    if ledger.entries: stamp(layer, ledger)
+    if ledger.entries: stamp(layer)
 
 # %% ../../nbs/2_model/03_changes.ipynb #8278bea4
 def _refuse_saving(layer:nn.Module, prefix:str, keep_vars:bool) -> None:
@@ -102,12 +103,13 @@ def extract(layers:Mapping[str, nn.Module], # full name -> layer
     "Leave `W - taken` in every layer, as one more extraction. All or none; errors as `check_unchanged`."
     key = uuid.uuid4().hex
     with _changing(layers, model), ExitStack() as undo:
+        check_all_unchanged(layers)
         for name, layer in layers.items():
-            check_unchanged(name, layer)
             m = taken(name)
             entry = Entry(None, owner, m, key)
             undo.callback(_drop, layer, entry)
             _enter(layer, entry, fold(dense_weight(layer), LowRank(m.down, -m.gain, m.up)), keep_base)
+        stamp(*layers.values())
         undo.pop_all()
     return key
 
@@ -133,10 +135,12 @@ def put_back(layers:Mapping[str, nn.Module], owner:str, model:nn.Module|None=Non
         for name, entry in entries.items(): _drop(layers[name], entry)
 
 # %% ../../nbs/2_model/03_changes.ipynb #a6724169
-def _summed(name:str, layer:nn.Module, m:LowRank) -> Tensor: # (o, i)
-    W = fold(dense_weight(layer), m)
-    if W.sum(dtype=torch.promote_types(W.dtype, torch.float32)).isfinite(): return W # or one value spoils the sum
-    raise ValueError(f"{name}: the folded weight is not finite in {W.dtype}; use a smaller c, or a dtype of wider range")
+def _check_finite(layers:Mapping[str, nn.Module]) -> None:
+    "`ValueError` naming a layer whose new weight is not finite: one value spoils the sum in its stamp."
+    for name, layer in layers.items():
+        if isfinite(ledger_of(layer).look[0]): continue
+        raise ValueError(f"{name}: the folded weight is not finite in {layer.weight.dtype}; use a smaller c, or a dtype of wider "
+                         "range")
 
 def folded(layers:Mapping[str, nn.Module], # full name -> layer
            maps:Callable[[str], LowRank], # what to add to each layer, by name
@@ -146,11 +150,13 @@ def folded(layers:Mapping[str, nn.Module], # full name -> layer
     "Add a map to every weight. All or none. `ValueError`: not finite in the weight's dtype; errors as `check_unchanged`."
     entries = {}
     with _changing(layers, model), ExitStack() as undo:
+        check_all_unchanged(layers)
         for name, layer in layers.items():
-            check_unchanged(name, layer)
             entries[name] = Entry(None, gives=frozenset(gives), held=1)
             undo.callback(_drop, layer, entries[name])
-            _enter(layer, entries[name], _summed(name, layer, maps(name)))
+            _enter(layer, entries[name], fold(dense_weight(layer), maps(name)))
+        stamp(*layers.values())
+        _check_finite(layers)
         undo.pop_all()
     leave = ExitStack()
     leave.callback(_unfold, layers, entries, model)
@@ -159,7 +165,7 @@ def folded(layers:Mapping[str, nn.Module], # full name -> layer
 def _unfold(layers:Mapping[str, nn.Module], entries:Mapping[str, Entry], model:nn.Module|None) -> None:
     with _changing(layers, model):
         for entry in entries.values(): entry.held = 0
-        for name, layer in layers.items(): check_unchanged(name, layer)
+        check_all_unchanged(layers)
         for name, entry in entries.items(): _drop(layers[name], entry)
 
 # %% ../../nbs/2_model/03_changes.ipynb #ae74d03e
