@@ -106,11 +106,10 @@ def _check_directions(ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool
 
 # %% ../../nbs/3_adapters/05_pissa.ipynb #cda12626
 class ModulatedPiSSA(LowRankAdapter):
-    "Chosen singular directions dosed by `c`: `y = W x + U · c·delta_s · Vh x` (after Meng et al. 2024); only `delta_s` trains."
+    "Chosen singular directions dosed by `c`: `y = W x + U · c·delta_s · Vh x` (Meng et al. 2024); only `delta_s` trains."
     kind, config, trains, down, up = "pissa", PiSSAConfig, ("delta_s",), "Vh", "U"
     tables, optional = ("U", "S", "Vh", "delta_s", "chosen_idx", "spectrum", "step"), ("chosen_idx", "spectrum", "step")
     keep_base, _key = True, "" # is the base kept; the ledger's key of its extraction
-
     def __init__(self, model:nn.Module, # any Hugging Face causal LM; it is frozen
                  r:int=256, # directions per layer, clamped to its min(i, o)
                  targets:str|Sequence[str]=LoRAConfig.targets, # "all-linear", or patterns searched in module names

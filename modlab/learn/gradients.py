@@ -97,7 +97,8 @@ def _batch_gradients(readout:Readout, layers:Mapping[str, nn.Module], frames:Map
     taps = _Taps(frames, batch)
     with _listening(layers, taps): logits = readout.logits(readout.states(batch))
     nll = token_nll(logits, answer_ids(batch).to(logits.device)).sum()
-    if not nll.isfinite(): raise ValueError("the NLL of an answer is not finite; use a dtype of wider range, or look at the pairs")
+    if not nll.isfinite():
+        raise ValueError("the NLL of an answer is not finite: look at the pairs, or use a dtype of wider range")
     if nll.requires_grad: torch.autograd.grad(nll, taps.roots, allow_unused=True)
     counts = answer_rows(batch).bincount(minlength=len(batch.input_ids))
     return {name: total.cpu() / counts[:, None] for name, total in taps.sums.items()}

@@ -21,7 +21,7 @@ def step_sizes(fisher: Mapping[str, Float64[Tensor, "_"]], # F of the chosen dir
     "The step of each direction; their geometric mean over all layers is 1. `ValueError` where most of F is zero."
     F = torch.cat([f.cpu() for f in fisher.values()])
     if not F.median() > 0:
-        raise ValueError(f"the gradients are zero along {int((F == 0).sum())} of {len(F)} chosen directions, which leaves nothing "
+        raise ValueError(f"the gradients are zero along {int((F == 0).sum())} of {len(F)} chosen directions, and there is nothing "
                          "to scale steps by; capture gradients on more pairs, or use step='plain'")
     log = -power * F.clamp_min(_FLOOR * F.median()).log()
     steps = (log - log.mean()).exp().float().split([len(f) for f in fisher.values()])
