@@ -6,7 +6,6 @@
 __all__ = ['ProjectionStats', 'same_spectrum', 'called', 'project', 'GradientStats', 'flaw']
 
 # %% ../../nbs/1_maths/02_statistics.ipynb #83ed4fd9
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 

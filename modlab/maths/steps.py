@@ -15,13 +15,13 @@ from torch import Tensor
 # %% ../../nbs/1_maths/06_steps.ipynb #8deee9ec
 _FLOOR = 1e-3 # of the median
 
-def step_sizes(fisher: Mapping[str, Float64[Tensor, "_"]], # F of the chosen directions of each layer
+def step_sizes(fisher: Mapping[str, Float64[Tensor, "..."]], # F of the chosen directions of each layer
                power: float=0.5, # p: step ∝ F^-p
-              ) -> dict[str, Float32[Tensor, "_"]]:
+              ) -> dict[str, Float32[Tensor, "..."]]:
     "The step of each direction; their geometric mean over all layers is 1. `ValueError` where most of F is zero."
     F = torch.cat([f.cpu() for f in fisher.values()])
     if not F.median() > 0:
-        raise ValueError(f"the gradients are zero along {int((F == 0).sum())} of {len(F)} chosen directions, and there is nothing "
+        raise ValueError(f"the gradients are zero along {int((F == 0).sum())} of {len(F)} chosen directions: there is nothing "
                          "to scale steps by; capture gradients on more pairs, or use step='plain'")
     log = -power * F.clamp_min(_FLOOR * F.median()).log()
     steps = (log - log.mean()).exp().float().split([len(f) for f in fisher.values()])
@@ -58,8 +58,8 @@ def _protected(result: object, args: tuple) -> object:
 # %% ../../nbs/1_maths/06_steps.ipynb #c62f30e0
 class Products(Mapping):
     "`theta · step` of each layer, computed anew whenever it is read. Writing into what was read raises `RuntimeError`."
-    def __init__(self, theta: Mapping[str, Float[Tensor, "_"]], step: Mapping[str, Float[Tensor, "_"]]):
+    def __init__(self, theta: Mapping[str, Float[Tensor, "..."]], step: Mapping[str, Float[Tensor, "..."]]):
         self.theta, self.step = theta, step
-    def __getitem__(self, name: str) -> Float[Tensor, "_"]: return (self.theta[name] * self.step[name]).as_subclass(_Product)
+    def __getitem__(self, name: str) -> Float[Tensor, "..."]: return (self.theta[name] * self.step[name]).as_subclass(_Product)
     def __iter__(self) -> Iterator[str]: return iter(self.theta)
     def __len__(self) -> int: return len(self.theta)
