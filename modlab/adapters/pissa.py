@@ -45,7 +45,7 @@ def _warn_if_extracted(model:nn.Module) -> None:
     if ids := {round: None for m in model.modules() for round in extraction_ids(m)}:
         warnings.warn(f"extractions in force on this model: {few(ids)}. The new adapter takes directions from what they left, "
                       "and needs them given back in every forward. If their adapters are gone (a cell that was run twice), call "
-                      "restore(model) and build this one again", stacklevel=3)
+                      "restore(model) and build this one again", stacklevel=4)
 
 # %% ../../nbs/3_adapters/05_pissa.ipynb #602793c0
 def _round_id(S:Mapping[str, Tensor], layers:Mapping[str, nn.Module]) -> str:
@@ -55,10 +55,25 @@ def _round_id(S:Mapping[str, Tensor], layers:Mapping[str, nn.Module]) -> str:
         digest.update(repr((name, extraction_ids(layer))).encode() + S[name].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
+def _slope(theta:Mapping[str, Tensor], step:Mapping[str, Tensor], name:str) -> Float[Tensor, "r"]:
+    "`delta_s` of a layer: what trains itself, where there are no steps."
+    return theta[name] * step[name] if step else theta[name]
+
 def _draw(S:Mapping[str, Tensor], init:tuple[float, float], generator:torch.Generator|None) -> dict[str, Tensor]:
     "`delta_s` for each layer, on the CPU in float32, so that a seed means the same on every device."
     mean, std = init
     return {name: mean + std * torch.randn(len(s), generator=generator) for name, s in S.items()}
+
+# %% ../../nbs/3_adapters/05_pissa.ipynb #8a5b90fb
+def _chosen(model:nn.Module, cfg:PiSSAConfig, X:Mapping|None, after:Sequence) -> dict: # tables
+    "Check everything, then decompose and choose."
+    layers = find_targets(model, cfg)
+    check_after(model, after)
+    check_calibration(layers, cfg, X)
+    if cfg.extract:
+        _check_extractable(model, layers)
+        _warn_if_extracted(model)
+    return decompose(layers, cfg, X, after)
 
 # %% ../../nbs/3_adapters/05_pissa.ipynb #196f4c0e
 def _check_lengths(ck:Checkpoint, layers:Mapping[str, nn.Module]) -> None:
@@ -91,18 +106,17 @@ def _check_directions(ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool
 
 # %% ../../nbs/3_adapters/05_pissa.ipynb #cda12626
 class ModulatedPiSSA(LowRankAdapter):
-    "Chosen singular directions dosed by `c`: `y = W x + U · c·delta_s · Vh x` (after Meng et al. 2024); only `delta_s = theta · step` trains."
+    "Chosen singular directions dosed by `c`: `y = W x + U · c·delta_s · Vh x` (Meng et al. 2024); only `delta_s` trains."
     kind, config, trains, down, up = "pissa", PiSSAConfig, ("delta_s",), "Vh", "U"
     tables, optional = ("U", "S", "Vh", "delta_s", "chosen_idx", "spectrum", "step"), ("chosen_idx", "spectrum", "step")
     keep_base, _key = True, "" # is the base kept; the ledger's key of its extraction
-
     def __init__(self, model:nn.Module, # any Hugging Face causal LM; it is frozen
                  r:int=256, # directions per layer, clamped to its min(i, o)
                  targets:str|Sequence[str]=LoRAConfig.targets, # "all-linear", or patterns searched in module names
                  exclude:str|Sequence[str]=LoRAConfig.exclude, # patterns that win over targets
                  layer_range:tuple[float, float]=(0.0, 1.0), # part of the block stack, as fractions
                  dtype:torch.dtype|None=None, # of the factors; None is float32
-                 calibration_activations:Mapping|None=None, # from capture_activations, _statistics or _gradients; "s_only" needs none
+                 calibration_activations:Mapping|None=None, # from capture_activations, _statistics, _gradients
                  selection_score:Score|None=None, # a name, or (S, stats) -> scores (k,); None is "cho_rej_min_std"
                  extract:bool=True, # take the directions out of the weight
                  init:tuple[float, float]=(4e-2, 4e-2), # mean and standard deviation of delta_s
@@ -112,16 +126,10 @@ class ModulatedPiSSA(LowRankAdapter):
                  step:str|float="plain", # "fisher": steps of about equal divergence; a number p: of F^-p. Both need gradients
                  r_total:int|None=None, # directions in all, shared out over the layers by score, in place of r for each
                  roles:str|None=None): # "writers": of the targets, those that write to the residual stream
-        cfg = PiSSAConfig(r, LoRAConfig.alpha, targets, exclude, dtype, layer_range, selection_score, extract, init, step, r_total,
-                          roles=roles)
-        layers, self.keep_base = find_targets(model, cfg), keep_base
-        check_after(model, after)
-        check_calibration(layers, cfg, calibration_activations)
-        if extract:
-            _check_extractable(model, layers)
-            _warn_if_extracted(model)
-        tables = decompose(layers, cfg, calibration_activations, after)
-        layers = {name: layers[name] for name in tables["S"]} # those that got a share of r_total
+        self.keep_base, cfg = keep_base, PiSSAConfig(r, LoRAConfig.alpha, targets, exclude, dtype, layer_range, selection_score,
+                                                     extract, init, step, r_total, roles=roles)
+        tables = _chosen(model, cfg, calibration_activations, after) # a layer without a share of r_total is left out
+        layers = {name: layer for name, layer in find_targets(model, cfg).items() if name in tables["S"]}
         self.setup(model, cfg, layers, tables | {"delta_s": _draw(tables["S"], init, generator)})
         _logger.info(selection_line(self))
 
@@ -129,18 +137,16 @@ class ModulatedPiSSA(LowRankAdapter):
     def extracted(self) -> bool: return bool(self._key) and is_extracted(self.layers, self._key) # `restore(model)` is seen
 
     @property
-    def delta_s(self) -> Mapping[str, Float[Tensor, "_"]]: # with a table `step`, to be read only: write to theta
+    def delta_s(self) -> Mapping[str, Float[Tensor, "..."]]: # with a table `step`, to be read only: write to theta
         return Products(self.theta, self.step) if self.step else self.theta
     @delta_s.setter
     def delta_s(self, values:dict[str, nn.Parameter]) -> None: self.theta = values
-
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((f"{'theta' if self.step else 'delta_s'}.{name}", p) for name, p in self.theta.items())
 
     @property
     def has_offset(self) -> bool: return self.extracted
-    def slope(self, name:str) -> Float[Tensor, "r"]:
-        return self.theta[name] * self.step[name] if self.step else self.theta[name]
+    def slope(self, name:str) -> Float[Tensor, "r"]: return _slope(self.theta, self.step, name)
     def offset(self, name:str) -> Float[Tensor, "r"]|None: return self.S[name] if self._out(name) else None
     def _out(self, name:str) -> bool: return bool(self._key) and is_extracted({name: self.layers[name]}, self._key)
     def held(self, name:str) -> LowRank: return LowRank(self.Vh[name], self.S[name], self.U[name]) # its directions in the base

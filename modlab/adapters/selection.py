@@ -43,7 +43,7 @@ def _power(step:str|float) -> float: # p in step ∝ F^-p; 0: no steps
 class PiSSAConfig(LoRAConfig):
     "What a `ModulatedPiSSA` is made of. `alpha` has no part in it: the gain is in the units of singular values."
     r: int = 256 # directions per layer, clamped to its k = min(i, o)
-    selection_score: Score = "cho_rej_min_std" # which directions
+    selection_score: Score | None = None # which directions; None is "cho_rej_min_std"
     extract: bool = True # take the chosen directions out of the weight
     init: tuple[float, float] = (4e-2, 4e-2) # mean and standard deviation that delta_s is drawn from
     step: str | float = "plain" # how far a unit of what trains goes along each direction: plain, fisher, or a power of 1/F
@@ -65,14 +65,11 @@ class PiSSAConfig(LoRAConfig):
 
 # %% ../../nbs/3_adapters/04_selection.ipynb #7cf7465c
 _Reads = Tensor | ProjectionStats # what a layer read: rows (n, i), or their statistics along its directions
-_Given = _Reads | GradientStats # … or how its directions move the answers; or several of them, {"cho": …, "rej": …, "gradients": …}
+_Given = _Reads | GradientStats # … or how its directions move answers; or all of it, {"cho": …, "rej": …, "gradients": …}
 
 def _parts_in(x:object) -> list: return list(x.values()) if isinstance(x, Mapping) else [x]
 
-def _came(x:object) -> str:
-    "What there is for a layer, in words."
-    if isinstance(x, Mapping): return str(sorted(x))
-    return "gradients" if isinstance(x, GradientStats) else "activations of one text"
+def _came(x:object) -> str: return str(sorted(x)) if isinstance(x, Mapping) else type(x).__name__
 
 def _needs(mode:Score, x:object) -> str:
     "What a score needs for a layer, in words."
@@ -93,7 +90,7 @@ def projections(name:str, X:_Given|Mapping[str, _Given], S:Float[Tensor, "k"], V
     if isinstance(X, Tensor): return project(X, Vh, name)
     if why := flaw(X, len(S), S):
         raise ValueError(f"{name}: {why} (and the same after=); {_remedy(isinstance(X, GradientStats), {name: X})}")
-    return replace(X, name=name)
+    return X if X.name == name else replace(X, name=name)
 
 # %% ../../nbs/3_adapters/04_selection.ipynb #6b7095e9
 def _check_part(name:str, layer:nn.Module, x:object, how:str) -> None:
@@ -132,8 +129,8 @@ def check_calibration(layers:Mapping[str, nn.Module], cfg:PiSSAConfig, X:Mapping
 def _picked(t:Mapping[str, Tensor], idx:Tensor) -> dict[str, Tensor]: # positions in what there is
     "Some of the directions of a layer, with their scores."
     there = idx.to(t["U"].device)
-    return dict(U=t["U"].index_select(1, there), S=t["S"][there], Vh=t["Vh"].index_select(0, there), chosen_idx=t["chosen_idx"][idx],
-                spectrum=t["spectrum"], score=t["score"][idx])
+    return dict(U=t["U"].index_select(1, there), S=t["S"][there], Vh=t["Vh"].index_select(0, there),
+                chosen_idx=t["chosen_idx"][idx], spectrum=t["spectrum"], score=t["score"][idx])
 
 def _shared_out(chosen:Mapping[str, dict], total:int) -> dict[str, dict]:
     "The `total` best directions of all layers; a layer without any is left out."

@@ -139,7 +139,7 @@ def _streamed(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Bat
     total = {name: ProjectionStats.of(S.new_zeros(0, len(S))) for name, (S, _) in frames.items()}
     def take(name:str, rows:Tensor) -> None: total[name] = total[name].merge(_on_cpu(project(rows, frames[name][1], name)))
     _read_side(model, layers, runs, limit, take)
-    return {name: replace(stats, S=frames[name][0]) for name, stats in total.items()}
+    return {name: replace(stats, S=frames[name][0], name=name) for name, stats in total.items()}
 
 def _on_cpu(stats:ProjectionStats) -> ProjectionStats:
     return replace(stats, mean=stats.mean.cpu(), m2=stats.m2.cpu(), mean_abs=stats.mean_abs.cpu())

@@ -118,7 +118,7 @@ def _own_scores(score:Callable, S:Float64[Tensor, "k"], stats:Any, name:str|None
 
 def selection_scores(S: Float[Tensor, "k"], # singular values, descending
                      mode: Any="cho_rej_min_std", # one of `SCORES`, or f(S, stats) -> (k,)
-                     stats: Any=None, # `ProjectionStats`, {"cho": …, "rej": …} of them, `GradientStats`, or all as {"cho", "rej", "gradients"}
+                     stats: Any=None, # `ProjectionStats`, `GradientStats`, or {"cho": …, "rej": …, "gradients": …}
                      name: str|None=None, # the layer, for messages
                     ) -> Float64[Tensor, "k"]: # on the CPU; higher is better, -inf for emptied directions
     "Score every singular direction of a layer; `ValueError`, with its name, for unsuitable data."
