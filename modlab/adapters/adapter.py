@@ -28,7 +28,6 @@ from ..maths.lowrank import LowRank
 from ..model.format import Tables, write_file
 from ..model.layers import guard_4bit, layer_shape
 from ..model.ledger import check_unchanged, fingerprint, giving_back
-from ..model.reach import check_called
 from ..model.targets import LoRAConfig, role_of
 
 # %% ../../nbs/3_adapters/02_adapter.ipynb #2c72bca1
@@ -111,7 +110,6 @@ class Adapter:
     def setup(self, model:nn.Module, cfg:LoRAConfig, layers:dict[str, nn.Module], tables:Tables, meta:Mapping|None=None) -> None:
         "Take over the numbers of a constructor, or of a file with the header `meta`; freeze the model."
         guard_4bit(model)
-        check_called(model, layers)
         self.model, self.cfg, self.layers, self.hooks = model, cfg, layers, Hooks(layers, self.adder)
         self.base = {name: fingerprint(layer) for name, layer in layers.items()}
         fill(self, tables)

@@ -51,7 +51,7 @@ def gain_at(c:DoseLike,
 class Adder:
     "What one layer adds while something is attached: subclasses say `add(x, y)` and, in `bind`, which tensors it needs."
     def __init__(self, name:str, layer:nn.Module, hooks:"Hooks"):
-        self.name, self.layer, self.hooks, self.rows = name, layer, hooks, hooks.rows_of(name)
+        self.name, self.layer, self.hooks, self.rows = name, layer, hooks, hooks.rows if name not in hooks.textless else Rows()
         self.bind()
 
     def bind(self) -> None: raise NotImplementedError # read the tensors, and take a cell: self.cell = self.hooks.cell(…)
@@ -116,8 +116,7 @@ class Hooks:
         self._reset()
 
     def _reset(self) -> None: self.attached, self.rows, self._c, self._cells, self._adders = False, Rows(), 0.0, {}, []
-    def __getstate__(self) -> dict: # a copy is detached
-        return Hooks(self.layers, self.adder, self.gate).__dict__
+    def __getstate__(self) -> dict: return Hooks(self.layers, self.adder, self.gate).__dict__ # a copy is detached
 
     @property
     def c(self) -> DoseLike: return self._c if self.gate is None else self.gate() # the current dose; 0 while detached
@@ -128,7 +127,6 @@ class Hooks:
         self._c = as_dose(c)
         for (device, dtype), cell in self._cells.items(): cell.set(Dose(self._c, device, dtype))
 
-    def rows_of(self, name:str) -> Rows: return Rows() if name in self.textless else self.rows # what sees no text has no rows
     def cell(self, device:torch.device, dtype:torch.dtype) -> Cell|GatedCell:
         "Where layers on this device find the dose."
         if (device, dtype) not in self._cells:
@@ -158,8 +156,7 @@ def _attach(hooks:Hooks, model:nn.Module, c:DoseLike) -> ExitStack:
     _claim(hooks)
     with ExitStack() as leave:
         leave.callback(hooks._reset)
-        hooks._c = c
-        if hooks.textless is None: hooks.textless = unreached(model) & hooks.layers.keys()
+        hooks._c, hooks.textless = c, unreached(model) & hooks.layers.keys() if hooks.textless is None else hooks.textless
         hooks._adders = [hooks.adder(name, layer, hooks) for name, layer in hooks.layers.items()]
         places = _places(model, hooks.rows) + [(a.layer, ADDERS, a) for a in hooks._adders]
         for module, slot, item in places:

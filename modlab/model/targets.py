@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .layers import (inner_model, is_linear, is_quantised, layer_shape, output_head, plain_modules,
                                  shared_weights)
-from .reach import check_called, text_reach, unreached, writes
+from .reach import check_called, text_reach, unreached, writers
 
 # %% ../../nbs/2_model/13_targets.ipynb #8439b0b5
 def _check_rank(r:int) -> None:
@@ -108,9 +108,7 @@ class _Structure:
     def __init__(self, model:nn.Module):
         self.stacks, head, reach = block_stacks(model), output_head(model), text_reach(model)
         self.head = None if head is None else inner_model(head)
-        self.unreached, self.read = unreached(model), reach.read if reach else frozenset()
-        config = getattr(inner_model(model), "config", None)
-        self.width = getattr(config.get_text_config(), "hidden_size", None) if hasattr(config, "get_text_config") else None
+        self.unreached, self.read, self.writers = unreached(model), reach.read if reach else frozenset(), writers(model)
 
 def _why_not(name:str, layer:nn.Module, cfg:LoRAConfig, model:_Structure) -> str:
     "Why this layer is not selected, or the empty string."
@@ -119,7 +117,7 @@ def _why_not(name:str, layer:nn.Module, cfg:LoRAConfig, model:_Structure) -> str
     if excluded: return f"excluded by {excluded!r}"
     if layer is model.head and not named: return "output embedding; name it in targets to reach it"
     if block and not _in_range(*block, cfg.layer_range): return f"block {block[0]} of {block[1]} is outside layer_range"
-    if cfg.roles and not writes(name, layer, model.width): return f"does not write to the residual stream (roles={cfg.roles!r})"
+    if cfg.roles and name not in model.writers: return f"does not write to the residual stream (roles={cfg.roles!r})"
     if name in model.read and not named: return "the model reads its weight without calling it"
     if name in model.unreached and not named: return "no text token passes through it; name it in targets to reach it"
     return ""
@@ -168,7 +166,7 @@ def _roles(names:Iterable[str], idle:Sequence[str]) -> str:
 
 def _check_found(cfg:LoRAConfig, reasons:dict[str, str], model:nn.Module) -> None:
     "Refuse a selection that is empty, or a pattern that matches no linear layer."
-    said = f"targets={cfg.targets}, exclude={cfg.exclude}, layer_range={cfg.layer_range}" + f", roles={cfg.roles!r}" * bool(cfg.roles)
+    said = ", ".join(f"{key}={getattr(cfg, key)}" for key in ("targets", "exclude", "layer_range", "roles") if getattr(cfg, key))
     idle = [p for p in cfg.targets if p != "all-linear" and not any(re.search(p, n) for n in reasons)]
     if "" not in reasons.values():
         why = dict(Counter(re.sub(r"block \d+ of \d+ is ", "", r) for r in reasons.values()))
@@ -180,8 +178,7 @@ def _check_found(cfg:LoRAConfig, reasons:dict[str, str], model:nn.Module) -> Non
 def find_targets(model:nn.Module, # any torch module; a Hugging Face model has its output embedding left out
                  cfg:LoRAConfig=LoRAConfig(),
                 ) -> dict[str, nn.Module]: # full name -> layer, in model order
-    """The layers that get an adapter. `ValueError`: there is none, a pattern is idle, or it names a layer that is read and not
-    called. A warning counts fused expert parameters."""
+    "The layers that get an adapter. `ValueError`: none, an idle pattern, a layer that is read and not called. Warns of experts."
     reasons = _verdicts(model, cfg)
     if fused := _fused_parameters(model, cfg):
         warnings.warn(f"{fused:,} parameters in fused expert tensors are no linear layers and are not reached", stacklevel=2)
