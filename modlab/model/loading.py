@@ -24,6 +24,7 @@ import numpy
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel,
@@ -94,12 +95,14 @@ def _converted(folder:Path) -> Path:
     "The default model in this folder, converted there if it is missing or damaged."
     with FileLock(f"{folder}.lock"):
         if _is_whole(folder): return folder
-        half = Path(tempfile.mkdtemp(prefix="converting-", dir=folder.parent))
+        source, half = _gguf_file(), Path(tempfile.mkdtemp(prefix="converting-", dir=folder.parent))
         try:
-            _convert(_gguf_file(), half)
+            _convert(source, half)
             (half / _LIST).write_text(json.dumps(_sums(half)))
             if folder.exists(): folder.rename(half.with_name(f"{half.name}-old"))
             half.rename(folder)
+        except (OSError, SafetensorError) as e:
+            raise OSError(f"{folder}: the default model cannot be written there ({e}); MODLAB_CACHE names another place") from e
         finally:
             for path in folder.parent.glob(f"{half.name}*"): shutil.rmtree(path, ignore_errors=True)
     return folder
