@@ -62,6 +62,11 @@ def _forward_of(plain:type) -> Callable:
         return y if "forward" in self.__dict__ else _added(self, y, args, kwargs)
     return forward
 
+def _notes_of(module:nn.Module) -> Sequence: # a model that is recomputed was looked at the first time
+    notes = getattr(module, NOTES, ())
+    if not notes or torch.compiler.is_compiling(): return notes
+    return () if getattr(_here, "replay", None) is not None or _is_recomputed() else notes
+
 def _quietly(plain:type, module:nn.Module, args:tuple, kwargs:Mapping) -> object:
     "Call a model. Without gradients nothing of the call is ever recomputed, and no layer looks for a checkpoint."
     before, inputs = getattr(_here, "quiet", False), (*args, *kwargs.values())
@@ -72,7 +77,7 @@ def _quietly(plain:type, module:nn.Module, args:tuple, kwargs:Mapping) -> object
 def _call_of(plain:type) -> Callable:
     "The `__call__` of the subclass of `plain`. It adds where another `forward` stands in the module itself."
     def __call__(self, *args, **kwargs):
-        notes = getattr(self, NOTES, ())
+        notes = _notes_of(self)
         for note in notes: note.note(args, kwargs)
         eager = notes and not torch.compiler.is_compiling()
         y = _quietly(plain, self, args, kwargs) if eager else plain.__call__(self, *args, **kwargs)
