@@ -43,7 +43,8 @@ def rows(model, tok, rounds: int = 5) -> list[dict]:
         run = generating(model, prompt(model, tok, b))
         text, limit = f"generate {NEW}, {b} prompt{'s' * (b > 1)}", least(model, 32)
         made.append(row(text, "base", under(lora, model, run), run, rounds, lambda base: base + limit, 1.25 if gpu else 1.20, True))
-        if b > 1: made.append(row(f"{text}, one c a row", "base", under(lora, model, run, torch.ones(b)), run, rounds, None, None, True))
+        by_row = under(lora, model, run, torch.ones(b))
+        if b > 1: made.append(row(f"{text}, one c a row", "base", by_row, run, rounds, None, None, True))
     other, ids = peft(model, 32, share=True), prompt(model, tok, 1)
     made.append(row(f"generate {NEW}, 1 prompt", "PEFT", under(lora, model, generating(model, ids)), generating(other, ids), rounds))
     del other
@@ -58,7 +59,7 @@ def step_of(model, ids, length: int = 128):
     mask = torch.zeros(len(ids), 1, 1, length, device=where, dtype=dtype)
     def step():
         for layer in cache.layers:
-            if layer.is_initialized: layer.cumulative_length.zero_()
+            if isinstance(seen := getattr(layer, "cumulative_length", None), torch.Tensor): seen.zero_()
         return model(input_ids=token, past_key_values=cache, attention_mask=mask, position_ids=at, use_cache=True).logits
     return step
 

@@ -41,8 +41,9 @@ def rows(model, tok, rounds: int = 5) -> list[dict]:
     made.append(row(f"{text}, LoRA r = 32", "base", under(model, lora, ids, 1.0), bare, rounds, own, 1.10, over=True))
     made.append(row(f"{text}, LoRA r = 32, one c a row", "base", under(model, lora, ids, torch.ones(b)), bare, rounds, own, 1.12, True))
     other = peft(model, 32, share=True)
-    made.append(row(f"{text}, LoRA r = 32", "PEFT", under(model, lora, ids, 1.0), lambda: other.base_model.model.model(ids, use_cache=False), rounds))
-    del other, lora
+    theirs = lambda: other.base_model.model.model(ids, use_cache=False)
+    made.append(row(f"{text}, LoRA r = 32", "PEFT", under(model, lora, ids, 1.0), theirs, rounds))
+    del theirs, other, lora
     gc.collect()
     return made + wide(model, ids, text, bare, rounds)
 
