@@ -45,7 +45,8 @@ def lora(model, seed=2, **kw):
 
 
 def pissa(model, extract, **kw):
-    return ModulatedPiSSA(model, **dict(r=6, selection_score="s_only", init=(0.3, 0.5), extract=extract, generator=seeded(2)) | kw)
+    how = dict(r=6, selection_score="s_only", init=(0.3, 0.5), extract=extract, generator=seeded(2))
+    return ModulatedPiSSA(model, **how | kw)
 
 
 def near(got, wanted, dtype, times=1.0) -> str:
@@ -133,7 +134,7 @@ def files_across_devices(device, dtype):
         back = load_adapter(model, path)
     for n in a.layers:
         for table in ("A", "B"): assert torch.equal(getattr(a, table)[n].cpu(), getattr(there, table)[n]), n
-        assert getattr(back, "A")[n].device == a.A[n].device
+        assert back.A[n].device == a.A[n].device
     with there(cpu, 1.0): y = logits(cpu, ids)
     with back(model, 1.0): return near(logits(model, ids.to(device)).cpu(), y, dtype)
 
@@ -203,9 +204,9 @@ def compiled(device, dtype):
 def static_cache(device, dtype):
     model, ids = build(device, torch.float32), tokens(device, 2, 5)
     a, made = lora(model), {}
-    ask = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    ask = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0, disable_compile=True)
     with a(model, 1.0):
-        for kind in ("dynamic", "static"): made[kind] = model.generate(ids, cache_implementation=kind, disable_compile=True, **ask)
+        for kind in ("dynamic", "static"): made[kind] = model.generate(ids, cache_implementation=kind, **ask)
     assert torch.equal(made["dynamic"], made["static"])
     return "the same tokens"
 

@@ -1,7 +1,7 @@
 """Is modlab right on this device, and how fast? `make gpu-check`, or `python bench/gpu_check.py [--small] [--out FOLDER]`.
 
 Needs torch, transformers, peft and what modlab itself needs; no network and no default model. First `checks.py` in float32 and
-bfloat16, then the `rows_*.py` on a random Llama of the shape of an 8B model (others than forward, decode and heal: of a 1B model).
+bfloat16, then the `rows_*.py` on a random Llama of the shape of an 8B model (but for forward, decode and heal: of a 1B model).
 A failure is a row, and the rest goes on; the exit code tells. JSON and CSV go to FOLDER, named after the card.
 """
 import argparse
@@ -64,7 +64,7 @@ def all_rows(device: str, small: bool, limit: float) -> list[dict]:
             gc.collect()
             model, tok = random_llama(wanted, device)
             shape = wanted
-        how = dict(rounds=1, **({"count": 4, "epochs": 1} if name == "rows_heal" else {})) if small else LARGE.get(name, {"rounds": 3})
+        how = LARGE.get(name, {"rounds": 3}) | ({"rounds": 1} if small else {})
         print(f"[{spent():5.0f} s] {name} on a model of shape {shape}", flush=True)
         made += [dict(row, shape=shape) for row in measured(name, model, tok, **how)]
         gc.collect()

@@ -1,4 +1,4 @@
-"""Random Llamas of the shape of larger models, made on the device itself, so that nothing is downloaded and little is waited for."""
+"""Random Llamas of the shape of larger models, made on the device itself: nothing is downloaded, and it takes seconds."""
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 

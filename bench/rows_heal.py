@@ -1,5 +1,4 @@
 """A step of `heal`, with KL, reference, validation and log, beside plain training without any of these but the validation."""
-import gc
 import logging
 
 import torch
@@ -19,14 +18,12 @@ def rows(model, tok, rounds: int = 3, count: int = COUNT, epochs: int = EPOCHS) 
     data, held = labelled(tok, samples, device(model)), round(count * cfg.val_frac)
     first, last = (round(part * model.config.num_hidden_layers) for part in cfg.layer_range)
     other = peft(model, R, layers=list(range(first, last)), share=True, scale=2.0)
-    layers = dict(r=R, alpha=2.0 * R, layer_range=cfg.layer_range)
-    def ours(): heal(model, tok, filled(ModulatedLoRA(model, **layers)), samples, cfg)
-    def theirs(): sft(other, data[held:], data[:held], epochs)
+    how = dict(r=R, alpha=2.0 * R, layer_range=cfg.layer_range)
+    ours = lambda: heal(model, tok, filled(ModulatedLoRA(model, **how)), samples, cfg)
+    theirs = lambda: sft(other, data[held:], data[:held], epochs)
     before = logging.root.manager.disable
     logging.disable()
     with torch.enable_grad():
         made = [row("heal step, KL and validation", "plain SFT with validation", ours, theirs, rounds, None, 1.15, True)]
     logging.disable(before)
-    del other
-    gc.collect()
     return made
