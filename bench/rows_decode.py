@@ -1,9 +1,7 @@
 """Generating under an adapter, beside the bare model: token by token, and one decode step as a captured CUDA graph."""
-import gc
-
 import torch
 from pairs import bytes_per_second, row
-from peers import device, linears, peft
+from peers import device, linears, peft, shared_copy
 from rows_forward import filled
 from transformers import StaticCache
 
@@ -18,8 +16,8 @@ def prompt(model, tok, b: int) -> torch.Tensor:
 
 def generating(model, ids):
     def run():
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
-                       pad_token_id=0)
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW,
+                       do_sample=False, pad_token_id=0)
     return run
 
 
@@ -38,27 +36,29 @@ def least(model, r: int) -> float:
 
 @torch.no_grad()
 def rows(model, tok, rounds: int = 5) -> list[dict]:
-    lora, gpu, made = filled(ModulatedLoRA(model, r=32)), device(model).type != "cpu", []
-    for b in (1, 8) if gpu else (1,):
-        run = generating(model, prompt(model, tok, b))
-        text, limit = f"generate {NEW}, {b} prompt{'s' * (b > 1)}", least(model, 32)
-        made.append(row(text, "base", under(lora, model, run), run, rounds, lambda base: base + limit, 1.25 if gpu else 1.20, True))
-        if b > 1: made.append(row(f"{text}, one c a row", "base", under(lora, model, run, torch.ones(b)), run, rounds, None, None, True))
-    other, ids = peft(model, 32, share=True), prompt(model, tok, 1)
-    made.append(row(f"generate {NEW}, 1 prompt", "PEFT", under(lora, model, generating(model, ids)), generating(other, ids), rounds))
-    del other
-    gc.collect()
+    lora = filled(ModulatedLoRA(model, r=32))
+    if device(model).type == "cpu": return eager_rows(model, tok, lora, 1, 1.20, rounds)
+    made = eager_rows(model, tok, lora, 1, 1.25, rounds) + eager_rows(model, tok, lora, 8, 1.25, rounds)
     return made + (captured_rows(model, tok, lora, rounds) if device(model).type == "cuda" else [])
+
+
+def eager_rows(model, tok, lora, b: int, reach: float, rounds: int) -> list[dict]:
+    run, text, extra = generating(model, prompt(model, tok, b)), f"generate {NEW}, {b} prompt{'s' * (b > 1)}", least(model, 32)
+    steered, limit = under(lora, model, run), lambda base: base + extra
+    made = [row(text, "base", steered, run, rounds, limit, reach, True)]
+    by_row = under(lora, model, run, torch.ones(b))
+    if b > 1: return [*made, row(f"{text}, one c a row", "base", by_row, run, rounds, limit, None, True)]
+    return [*made, row(text, "PEFT", steered, generating(peft(model, 32, share=True), prompt(model, tok, b)), rounds)]
 
 
 def step_of(model, ids, length: int = 128):
     "One decode step with a static cache, always at the same position."
     dtype, where = next(model.parameters()).dtype, ids.device
-    cache, token, at = StaticCache(config=model.config, max_cache_len=length), ids[:, :1].contiguous(), torch.zeros_like(ids[:, :1])
-    mask = torch.zeros(len(ids), 1, 1, length, device=where, dtype=dtype)
+    cache, token = StaticCache(config=model.config, max_cache_len=length), ids[:, :1].contiguous()
+    at, mask = torch.zeros_like(token), torch.zeros(len(ids), 1, 1, length, device=where, dtype=dtype)
     def step():
         for layer in cache.layers:
-            if layer.is_initialized: layer.cumulative_length.zero_()
+            if isinstance(seen := getattr(layer, "cumulative_length", None), torch.Tensor): seen.zero_()
         return model(input_ids=token, past_key_values=cache, attention_mask=mask, position_ids=at, use_cache=True).logits
     return step
 
@@ -78,17 +78,18 @@ class Captured:
         return self.out
 
 
+def ten(f): return lambda: [f() for _ in range(10)]
+
+
 def captured_rows(model, tok, lora, rounds: int) -> list[dict]:
     "Ten replays of a step, beside ten of the bare model's step: captured, and as generate runs it."
-    made = []
+    made, extra, bare = [], least(model, 32) * 10 / NEW, shared_copy(model)
+    limit = lambda base: base + extra
     for b in (1, 8):
-        ids = prompt(model, tok, b)
-        step, plain = step_of(model, ids), Captured(step_of(model, ids))
-        with lora(model, 1.0):
+        ids, text = prompt(model, tok, b), f"decode step captured, {b} prompt{'s' * (b > 1)}"
+        step, plain = step_of(bare, ids), Captured(step_of(bare, ids))
+        with lora(model, 1.0): # what a graph reads is there as long as the block lasts
             steered = Captured(step_of(model, ids))
-            ten = lambda f: lambda: [f() for _ in range(10)]
-            limit = least(model, 32) * 10 / NEW
-            text = f"decode step captured, {b} prompt{'s' * (b > 1)}"
-            made.append(row(text, "base captured", ten(steered), ten(plain), rounds, lambda base: base + limit, 1.05, True))
-        made.append(row(text, "base eager", ten(steered), ten(step), rounds, None, 1.05, True))
+            made += [row(text, "base captured", ten(steered), ten(plain), rounds, limit, 1.05, True),
+                     row(text, "base eager", ten(steered), ten(step), rounds, limit, 1.05, True)]
     return made

@@ -1,11 +1,9 @@
 """A forward under an adapter, beside the bare model and beside PEFT."""
-import gc
-
 import torch
 from pairs import bytes_per_second, flops_per_second, row, seconds
 from peers import added_bytes, added_flops, device, peft
 
-from modlab import ModulatedLoRA, ModulatedPiSSA
+from modlab import ModulatedLoRA
 
 SHAPE = dict(cpu=(4, 81), cuda=(8, 512))
 
@@ -33,18 +31,20 @@ def under(model, adapter, ids, c):
 @torch.no_grad()
 def rows(model, tok, rounds: int = 5) -> list[dict]:
     where = device(model)
-    b, s = SHAPE["cuda" if where.type != "cpu" else "cpu"] if model.config.hidden_size > 64 else (2, 8)
+    b, s = SHAPE["cpu" if where.type == "cpu" else "cuda"] if model.config.hidden_size > 64 else (2, 8)
     ids = torch.randint(len(tok), (b, s), generator=torch.Generator().manual_seed(0)).to(where)
-    bare, limit, made = lambda: model.base_model(ids, use_cache=False), least(model, 32, b * s), []
-    lora, text = filled(ModulatedLoRA(model, r=32)), f"forward {b} x {s}"
-    own = lambda base: base + limit
-    made.append(row(f"{text}, LoRA r = 32", "base", under(model, lora, ids, 1.0), bare, rounds, own, 1.10, over=True))
-    made.append(row(f"{text}, LoRA r = 32, one c a row", "base", under(model, lora, ids, torch.ones(b)), bare, rounds, own, 1.12, True))
-    other = peft(model, 32, share=True)
-    made.append(row(f"{text}, LoRA r = 32", "PEFT", under(model, lora, ids, 1.0), lambda: other.base_model.model.model(ids, use_cache=False), rounds))
-    del other, lora
-    gc.collect()
-    return made + wide(model, ids, text, bare, rounds)
+    bare, text = lambda: model.base_model(ids, use_cache=False), f"forward {b} x {s}"
+    return narrow(model, ids, text, bare, rounds) + wide(model, ids, text, bare, rounds)
+
+
+def narrow(model, ids, text, bare, rounds: int) -> list[dict]:
+    lora, extra, other = filled(ModulatedLoRA(model, r=32)), least(model, 32, ids.numel()), peft(model, 32, share=True)
+    limit = lambda base: base + extra
+    one, each = under(model, lora, ids, 1.0), under(model, lora, ids, torch.ones(len(ids)))
+    theirs = lambda: other.base_model.model.model(ids, use_cache=False)
+    return [row(f"{text}, LoRA r = 32", "base", one, bare, rounds, limit, 1.10, True),
+            row(f"{text}, LoRA r = 32, one c a row", "base", each, bare, rounds, limit, 1.12, True),
+            row(f"{text}, LoRA r = 32", "PEFT", one, theirs, rounds)]
 
 
 def wide(model, ids, text, bare, rounds: int) -> list[dict]:
@@ -52,6 +52,6 @@ def wide(model, ids, text, bare, rounds: int) -> list[dict]:
     lora, other = filled(ModulatedLoRA(model, r=256)), peft(model, 256, share=True)
     base = min(seconds(bare) for _ in range(3))
     limit, gpu = base + least(model, 256, ids.numel()), ids.device.type != "cpu"
-    theirs = lambda: other.base_model.model.model(ids, use_cache=False)
-    return [row(f"{text}, r = 256", "PEFT r = 256", under(model, lora, ids, 1.0), theirs, rounds, limit, 1.4 if gpu else 1.1),
-            row(f"{text}, r = 256", "its operations", under(model, lora, ids, 1.0), bare, rounds, limit, 1.1 * limit / base, True)]
+    ours, theirs = under(model, lora, ids, 1.0), lambda: other.base_model.model.model(ids, use_cache=False)
+    return [row(f"{text}, r = 256", "PEFT r = 256", ours, theirs, rounds, limit, 1.4 if gpu else 1.1),
+            row(f"{text}, r = 256", "base", ours, bare, rounds, limit, 1.1 * limit / base, True)]

@@ -1,7 +1,7 @@
 """The speed of modlab beside what one would pick instead, as ratios of runs taken in turn: `make bench`.
 
-Every `rows_*.py` in this folder is run (`pairs.py` says how) on the default model; BENCH_ARGS="forward decode" runs some of them,
-and a number is that of the rounds. The decomposition cache is off. The table goes to `results`, with commit, machine and versions.
+Every `rows_*.py` in this folder is run (`pairs.py` says how) on the default model. BENCH_ARGS="forward decode 3": these
+two, three rounds. The decomposition cache is off. The table goes to `results`, with commit, machine and versions.
 """
 import os
 import sys
