@@ -26,14 +26,14 @@ from .runfile import RunFile
 from .settings import TrainConfig, check_validation, with_rate
 from .trainer import (Front, States, TrainRun, check_rounds, counts, encode_answer, identity_of, is_records, on_top,
                                   reference_states, row_means)
-from ..maths.divergence import AGGREGATES, aggregate, barrier, kl_fwd, kl_rev, token_nll
+from ..maths.divergence import AGGREGATES, aggregate, barrier, kl_between, log_probs
 from ..model.layers import device_of
 from ..model.readout import Readout, answer_ids
 from ..model.targets import LoRAConfig
 from ..model.text import Encoded, check_count, collate, sides_of
 
 # %% ../../nbs/4_learn/08_heal.ipynb #9f742e37
-_KINDS = dict(kl_rev=kl_rev, kl_fwd=kl_fwd) # the kinds with a barrier
+_KINDS = dict(kl_rev=kl_between, kl_fwd=lambda student, reference: kl_between(reference, student)) # the kinds with a barrier
 _CHOICES = dict(reg=("nll", *_KINDS, "wd"), kl_agg=tuple(AGGREGATES), barrier_ref=("base", "prev"))
 
 def _check_choices(cfg:"HealConfig") -> None:
@@ -105,19 +105,23 @@ class _Losses:
 
     def __call__(self, indices:list[int]) -> dict[str, Float[Tensor, "b"]]:
         batch = collate([self.encoded[n] for n in indices], self.pad)
-        logits = self.readout.logits(self.readout.states(batch))
-        nll = row_means(token_nll(logits, answer_ids(batch).to(logits.device)), batch)
+        p = log_probs(self.readout.logits(self.readout.states(batch))) # of the likelihood and of the divergence
+        nll = row_means(-p.gather(-1, answer_ids(batch).to(p.device)[:, None])[:, 0], batch)
         if self.reference is None: return dict(nll=nll, loss=nll)
-        logits = logits if self.cfg.lam else logits.detach()
-        return self.held_back(nll, logits, torch.cat([self.reference[n] for n in indices]), counts(batch))
+        with torch.no_grad(): q = log_probs(self.readout.logits(torch.cat([self.reference[n] for n in indices]).to(p.device)))
+        return self.held_back(nll, p, q, counts(batch))
 
-    def held_back(self, nll:Float[Tensor, "b"], logits:Float[Tensor, "n v"], kept:Float[Tensor, "n d"], sizes:list[int]
+    def held_back(self, nll:Float[Tensor, "b"], p:Float[Tensor, "n v"], q:Float[Tensor, "n v"], sizes:list[int]
                  ) -> dict[str, Float[Tensor, "b"]]:
-        with torch.no_grad(): reference = self.readout.logits(kept.to(logits.device))
-        kl = torch.stack([aggregate(k, self.cfg.kl_agg) for k in _KINDS[self.cfg.reg](logits, reference).split(sizes)])
-        over = torch.stack([barrier(k, self.cfg.tau) for k in kl])
-        over = over if over.any() else over.detach()  # no sample is beyond tau: no gradient, and no backward
+        "With the barrier. It has a gradient, which takes a second pass over the vocabulary, only where a sample is beyond tau."
+        with torch.no_grad(): kl, over = self.divergence(p, q, sizes)
+        if self.cfg.lam and p.requires_grad and over.any(): kl, over = self.divergence(p, q, sizes)
         return dict(nll=nll, kl=kl, barrier=over, loss=nll + self.cfg.lam * over)
+
+    def divergence(self, p:Float[Tensor, "n v"], q:Float[Tensor, "n v"], sizes:list[int]) -> tuple[Float[Tensor, "b"], ...]:
+        "The KL of each sample, and how far it is beyond tau."
+        kl = torch.stack([aggregate(k, self.cfg.kl_agg) for k in _KINDS[self.cfg.reg](p, q).split(sizes)])
+        return kl, torch.stack([barrier(k, self.cfg.tau) for k in kl])
 
     @property
     def terms(self) -> dict[str, float]: # whose gradients are measured separately

@@ -52,7 +52,8 @@ class _Training:
         self.steps = cfg.epochs * math.ceil(len(self.train) / self.size)
         self.every = cfg.log_every or max(1, self.steps // 20)
         rising = min(math.ceil(cfg.warmup_ratio * self.steps), self.steps - 1) # the rate rises from 0; one step must follow
-        self.optimizer = torch.optim.AdamW(self.params, cfg.lr, tuple(map(float, cfg.betas)), weight_decay=cfg.decay)
+        self.optimizer = torch.optim.AdamW(self.params, cfg.lr, tuple(map(float, cfg.betas)), weight_decay=cfg.decay,
+                                           fused=True) # one kernel for all parameters
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _share_of_rate(step, rising, self.steps))
         self.step, self.rows, self.best = 0, [], {} # best: the parameters with the lowest validation loss, if they are asked for
 

@@ -150,19 +150,19 @@ def _cache(weights:Mapping[str, Tensor]) -> _Store|None:
 # %% ../../nbs/2_model/07_cache.ipynb #7b9d3c41
 def thin_svds(weights:Mapping[str, Tensor], # layer name -> weight (o, i), of any float dtype
               first:int|None=None, # how many directions are needed; None: all
-             ) -> Iterator[tuple[str, SVD|FirstSVD]]: # (name, (U, S, Vh)), in the order given; `dict(…)` for all at once
+             ) -> Iterator[tuple[str, FirstSVD]]: # (name, (U, S, Vh)), in the order given; `dict(…)` for all at once
     """The thin SVD of many layers, several at a time, through the cache; all singular values, and at least the first directions.
     `ValueError` with the layer's name before any work."""
     for name, W in weights.items(): check_weight(W, name)
     store = _cache(weights)
     return _results(weights, weights, store, store.get if store else _alone(first))
 
-def _alone(first:int|None) -> Callable[..., SVD|FirstSVD]:
+def _alone(first:int|None) -> Callable[..., FirstSVD]:
     "How one weight is decomposed where nothing is kept: no more is computed than is needed."
     return thin_svd if first is None else partial(first_svd, r=first)
 
-def _results(weights:Mapping[str, Tensor], jobs:Mapping, store:_Store|None, job:Callable[[object], SVD|FirstSVD]
-            ) -> Iterator[tuple[str, SVD|FirstSVD]]:
+def _results(weights:Mapping[str, Tensor], jobs:Mapping, store:_Store|None, job:Callable[[object], FirstSVD]
+            ) -> Iterator[tuple[str, FirstSVD]]:
     "What `thin_svds` iterates over. It is apart, so that the checks run at the call and not at the first result."
     try:
         for result in in_order(jobs, job, any(W.device.type != "cpu" for W in weights.values())):
@@ -192,13 +192,13 @@ def _shortened(store:_Store, layer:nn.Module, maps:Sequence[LowRank]) -> SVD|Non
 def directions(layers:Mapping[str, nn.Module], # layer name -> linear layer
                after:Sequence=(), # unextracted PiSSA adapters whose directions are taken
                first:int|None=None, # how many directions are needed; None: all
-              ) -> Iterator[tuple[str, SVD|FirstSVD]]: # (name, (U, S, Vh))
+              ) -> Iterator[tuple[str, FirstSVD]]: # (name, (U, S, Vh))
     "The thin SVD of each weight, less what extracted rounds and those in `after` hold of it."
     held = {name: [p.held(name) for p in after if name in p.layers] for name in layers}
     weights = {name: whole_weight(layer) for name, layer in layers.items()}
     for name, W in weights.items(): check_weight(W, name)
     store = _cache(weights)
-    def job(name:str) -> SVD|FirstSVD:
+    def job(name:str) -> FirstSVD:
         layer = layers[name]
         if store is None: return _alone(first)(remaining(layer, held[name]), name=name)
         maps = [*(e.taken for e in ledger_of(layer).extractions), *held[name]]
