@@ -83,14 +83,17 @@ def _remedy(gradients:bool, X:Mapping|None) -> str:
     return f"pass calibration_activations=capture_{'statistics' if streamed else 'activations'}(model, tok, records, cfg)"
 
 # %% ../../nbs/3_adapters/04_selection.ipynb #caaf96e0
+def _of_this(name:str, stats:ProjectionStats|GradientStats, S:Float[Tensor, "k"]) -> ProjectionStats|GradientStats:
+    "The statistics, with the layer's name; `ValueError` if they are not of the directions of this weight."
+    if why := flaw(stats, len(S), S):
+        raise ValueError(f"{name}: {why} (and the same after=); {_remedy(isinstance(stats, GradientStats), {name: stats})}")
+    return stats if stats.name == name else replace(stats, name=name)
+
 def projections(name:str, X:_Given|Mapping[str, _Given], S:Float[Tensor, "k"], Vh:Float[Tensor, "k i"]
                ) -> ProjectionStats|GradientStats|dict:
     "Statistics along each direction, with the layer's name: of captured inputs, or as they were streamed. Errors name the layer."
     if isinstance(X, Mapping): return {part: projections(name, x, S, Vh) for part, x in X.items()}
-    if isinstance(X, Tensor): return project(X, Vh, name)
-    if why := flaw(X, len(S), S):
-        raise ValueError(f"{name}: {why} (and the same after=); {_remedy(isinstance(X, GradientStats), {name: X})}")
-    return X if X.name == name else replace(X, name=name)
+    return project(X, Vh, name) if isinstance(X, Tensor) else _of_this(name, X, S)
 
 # %% ../../nbs/3_adapters/04_selection.ipynb #6b7095e9
 def _check_part(name:str, layer:nn.Module, x:object, how:str) -> None:
@@ -158,8 +161,8 @@ def _steps(tables:Mapping[str, dict], cfg:PiSSAConfig, X:Mapping|None) -> dict[s
     if not cfg.power: return {}
     fisher = {}
     for name, idx in tables["chosen_idx"].items():
-        stats = projections(name, parts_for("grad_fisher", X[name])["gradients"], tables["spectrum"][name], tables["Vh"][name])
-        fisher[name] = stats.fisher[idx]
+        gradients = parts_for("grad_fisher", X[name])["gradients"]
+        fisher[name] = _of_this(name, gradients, tables["spectrum"][name]).fisher[idx]
     return {"step": step_sizes(fisher, cfg.power)}
 
 # %% ../../nbs/3_adapters/04_selection.ipynb #da9f5501

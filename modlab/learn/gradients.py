@@ -6,6 +6,7 @@
 __all__ = ['capture_gradients']
 
 # %% ../../nbs/4_learn/01_gradients.ipynb #2a3ac74f
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -54,7 +55,7 @@ class _Taps:
     "What each layer reads on the way forward meets its gradient on the way back. For one batch."
     def __init__(self, frames:Mapping[str, tuple], batch:Batch):
         self.frames, (self.b, self.s) = frames, batch.input_ids.shape
-        self.sums, self.roots = {}, [] # name -> (b, k); the outputs at which the graph begins
+        self.sums = {} # name -> (b, k)
 
     def add(self, name:str, x:Tensor, g:Tensor) -> None:
         new = _by_row(x, g, self.frames[name], self.b)
@@ -64,9 +65,7 @@ class _Taps:
         _check_rows(name, x, self.b, self.s)
         _check_passes(name, layer, x, y)
         self.sums.setdefault(name, y.new_zeros(self.b, len(self.frames[name][0]), dtype=torch.float32))
-        if not y.requires_grad:
-            self.roots.append(y.detach().requires_grad_())
-            y = self.roots[-1].clone() # a model may write into it in place, which a root does not allow
+        if not y.requires_grad: y = y.detach().requires_grad_().clone() # a copy, since a model may write into it in place
         x = x.detach()
         if y.requires_grad: y.register_hook(lambda g: self.add(name, x, g))
         return y
@@ -90,6 +89,18 @@ def _listening(layers:Mapping[str, nn.Module], taps:_Taps) -> Iterator[None]:
             leave.callback(layer.register_forward_hook(taps.hook(name), with_kwargs=True).remove)
         yield
 
+# %% ../../nbs/4_learn/01_gradients.ipynb #0062466e
+def _leaves(loss:Tensor) -> list[Tensor]:
+    "Where the graph of a loss begins: the outputs of the first layers, and whatever else asks for a gradient (an attached adapter)."
+    found, nodes, seen = [], [loss.grad_fn], {None}
+    while nodes:
+        node = nodes.pop()
+        if node in seen: continue
+        seen.add(node)
+        if hasattr(node, "variable"): found.append(node.variable)
+        nodes += [before for before, _ in node.next_functions]
+    return found
+
 # %% ../../nbs/4_learn/01_gradients.ipynb #f182bd10
 def _batch_gradients(readout:Readout, layers:Mapping[str, nn.Module], frames:Mapping[str, tuple], batch:Batch
                     ) -> dict[str, Float[Tensor, "b k"]]: # of the layers that were called
@@ -99,7 +110,7 @@ def _batch_gradients(readout:Readout, layers:Mapping[str, nn.Module], frames:Map
     nll = token_nll(logits, answer_ids(batch).to(logits.device)).sum()
     if not nll.isfinite():
         raise ValueError("the NLL of an answer is not finite: look at the pairs, or use a dtype of wider range")
-    if nll.requires_grad: torch.autograd.grad(nll, taps.roots, allow_unused=True)
+    if leaves := _leaves(nll): torch.autograd.grad(nll, leaves)
     counts = answer_rows(batch).bincount(minlength=len(batch.input_ids))
     return {name: total.cpu() / counts[:, None] for name, total in taps.sums.items()}
 
@@ -151,12 +162,10 @@ def capture_gradients(model:nn.Module, tok:PreTrainedTokenizerBase,
     check_after(model, after)
     check_whole(model)
     guard_4bit(model)
-    frames = _frames(layers, after)
-    totals, batches = _Totals(frames), list(in_batches(tok, answers, batch_size))
-    with torch.inference_mode(False), evaluating(model), _frozen(model):
-        readout = Readout(model, collate(answers[:1]), [SimpleNamespace(layers=layers)])
-        with torch.enable_grad():
-            for batch in tqdm(batches, desc="gradients", leave=False, delay=1):
-                totals.take(_batch_gradients(readout, layers, frames, batch), len(batch.input_ids))
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), _frozen(model):
+        frames, count = _frames(layers, after), math.ceil(len(answers) / batch_size)
+        totals, readout = _Totals(frames), Readout(model, collate(answers[:1]), [SimpleNamespace(layers=layers)])
+        for batch in tqdm(in_batches(tok, answers, batch_size), desc="gradients", total=count, leave=False, delay=1):
+            totals.take(_batch_gradients(readout, layers, frames, batch), len(batch.input_ids))
     if silent := sorted(set(layers) - totals.heard): raise ValueError(f"{silent[0]} was not called by the model; exclude it")
     return totals.stats
