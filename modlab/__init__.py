@@ -4,7 +4,8 @@ __version__ = "0.2.0"
 
 from .maths.divergence import aggregate, kl_fwd, kl_rev, token_nll
 from .maths.lowrank import LowRank, fold, stack
-from .maths.scores import ProjectionStats, chance_overlap, choose, overlap, selection_scores, tail_depth
+from .maths.scores import chance_overlap, choose, overlap, selection_scores, tail_depth
+from .maths.statistics import GradientStats, ProjectionStats
 from .maths.svd import thin_svd
 from .model.changes import restore
 from .model.loading import load_model, load_pairs, tiny_model
@@ -20,6 +21,7 @@ from .adapters.selection import PiSSAConfig, selection_table, spectrum_table
 from .learn.activations import capture_activations, capture_statistics
 from .learn.contrast import ContrastConfig, ContrastRun, contrast
 from .learn.cosine import gradient_cosine
+from .learn.gradients import capture_gradients
 from .learn.heal import HealConfig, HealRun, heal
 from .learn.loop import NonFiniteLoss
 from .measure.calibrate import Calibration, calibrate_c

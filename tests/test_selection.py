@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 
 from modlab import capture_statistics
-from modlab.maths.scores import SCORES, ProjectionStats, chance_overlap, choose, overlap, project, selection_scores, tail_depth
+from modlab.maths.scores import SCORES, chance_overlap, choose, overlap, selection_scores, tail_depth
+from modlab.maths.statistics import GradientStats, ProjectionStats, project
 from modlab.maths.svd import thin_svd
 
 seeds = st.integers(0, 2**31)

@@ -9,7 +9,7 @@ __all__ = ['ModulatedPiSSA']
 import hashlib
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from .files import Checkpoint, refuse
 from .selection import PiSSAConfig, Score, check_calibration, decompose, selection_line
 from ..model.cache import check_after
 from ..maths.lowrank import LowRank
+from ..maths.steps import Products
 from ..model.changes import extract, is_extracted, put_back
 from ..model.layers import layer_shape, shared_weights, why_fixed
 from ..model.ledger import base_weight, extraction_ids, few, is_folded
@@ -65,12 +66,14 @@ def _check_lengths(ck:Checkpoint, layers:Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         given = {table: t[name] for table, t in ck.tables.items() if name in t}
         r, k = len(given["Vh"]), min(layer_shape(layer))
-        for table, n in dict(S=r, delta_s=r, chosen_idx=r, spectrum=k).items():
+        for table, n in dict(S=r, delta_s=r, step=r, chosen_idx=r, spectrum=k).items():
             shape = tuple(given[table].shape) if table in given else (n,)
             if shape == (n,): continue
             raise ValueError(f"{ck.path}: {table} of {name} is {shape}, expected ({n},); save the adapter again")
         for table, t in given.items():
             if not t.isfinite().all(): raise ValueError(f"{ck.path}: {table} of {name} holds numbers that are not finite")
+        if "step" in given and not (given["step"] > 0).all():
+            raise ValueError(f"{ck.path}: step of {name} holds numbers that are not positive; save the adapter again")
         idx = given.get("chosen_idx", torch.arange(r))
         if idx.is_floating_point() or not (0 <= idx.min() and idx.max() < k and (idx.diff() > 0).all()):
             raise ValueError(f"{ck.path}: chosen_idx of {name} must be ascending whole numbers below {k}; save the adapter again")
@@ -88,9 +91,9 @@ def _check_directions(ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool
 
 # %% ../../nbs/3_adapters/05_pissa.ipynb #cda12626
 class ModulatedPiSSA(LowRankAdapter):
-    "Chosen singular directions dosed by `c`: `y = W x + U · c·delta_s · Vh x` (after Meng et al. 2024); only `delta_s` trains."
+    "Chosen singular directions dosed by `c`: `y = W x + U · c·delta_s · Vh x` (after Meng et al. 2024); only `delta_s = theta · step` trains."
     kind, config, trains, down, up = "pissa", PiSSAConfig, ("delta_s",), "Vh", "U"
-    tables, optional = ("U", "S", "Vh", "delta_s", "chosen_idx", "spectrum"), ("chosen_idx", "spectrum")
+    tables, optional = ("U", "S", "Vh", "delta_s", "chosen_idx", "spectrum", "step"), ("chosen_idx", "spectrum", "step")
     keep_base, _key = True, "" # is the base kept; the ledger's key of its extraction
 
     def __init__(self, model:nn.Module, # any Hugging Face causal LM; it is frozen
@@ -99,21 +102,24 @@ class ModulatedPiSSA(LowRankAdapter):
                  exclude:str|Sequence[str]=LoRAConfig.exclude, # patterns that win over targets
                  layer_range:tuple[float, float]=(0.0, 1.0), # part of the block stack, as fractions
                  dtype:torch.dtype|None=None, # of the factors; None is float32
-                 calibration_activations:Mapping|None=None, # from capture_activations or capture_statistics; "s_only" needs none
-                 selection_score:Score="cho_rej_min_std", # a name, or (S, stats) -> scores (k,), see ProjectionStats
+                 calibration_activations:Mapping|None=None, # from capture_activations, _statistics or _gradients; "s_only" needs none
+                 selection_score:Score|None=None, # a name, or (S, stats) -> scores (k,); None is "cho_rej_min_std"
                  extract:bool=True, # take the directions out of the weight
                  init:tuple[float, float]=(4e-2, 4e-2), # mean and standard deviation of delta_s
                  generator:torch.Generator|None=None, # a CPU generator for delta_s; None uses the global one
                  after:Sequence["ModulatedPiSSA"]=(), # unextracted rounds whose directions are taken
-                 keep_base:bool=True): # keep the original weight, to restore it bit for bit
-        cfg = PiSSAConfig(r, LoRAConfig.alpha, targets, exclude, dtype, layer_range, selection_score, extract, init)
+                 keep_base:bool=True, # keep the original weight, to restore it bit for bit
+                 step:str|float="plain", # "fisher": steps of about equal divergence; a number p: of F^-p. Both need gradients
+                 r_total:int|None=None): # directions in all, shared out over the layers by score, in place of r for each
+        cfg = PiSSAConfig(r, LoRAConfig.alpha, targets, exclude, dtype, layer_range, selection_score, extract, init, step, r_total)
         layers, self.keep_base = find_targets(model, cfg), keep_base
         check_after(model, after)
-        check_calibration(layers, selection_score, calibration_activations)
+        check_calibration(layers, cfg, calibration_activations)
         if extract:
             _check_extractable(model, layers)
             _warn_if_extracted(model)
         tables = decompose(layers, cfg, calibration_activations, after)
+        layers = {name: layers[name] for name in tables["S"]} # those that got a share of r_total
         self.setup(model, cfg, layers, tables | {"delta_s": _draw(tables["S"], init, generator)})
         _logger.info(selection_line(self))
 
@@ -121,8 +127,18 @@ class ModulatedPiSSA(LowRankAdapter):
     def extracted(self) -> bool: return bool(self._key) and is_extracted(self.layers, self._key) # `restore(model)` is seen
 
     @property
+    def delta_s(self) -> Mapping[str, Float[Tensor, "_"]]: # with a table `step`, to be read only: write to theta
+        return Products(self.theta, self.step) if self.step else self.theta
+    @delta_s.setter
+    def delta_s(self, values:dict[str, nn.Parameter]) -> None: self.theta = values
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((f"{'theta' if self.step else 'delta_s'}.{name}", p) for name, p in self.theta.items())
+
+    @property
     def has_offset(self) -> bool: return self.extracted
-    def slope(self, name:str) -> Float[Tensor, "r"]: return self.delta_s[name]
+    def slope(self, name:str) -> Float[Tensor, "r"]:
+        return self.theta[name] * self.step[name] if self.step else self.theta[name]
     def offset(self, name:str) -> Float[Tensor, "r"]|None: return self.S[name] if self._out(name) else None
     def _out(self, name:str) -> bool: return bool(self._key) and is_extracted({name: self.layers[name]}, self._key)
     def held(self, name:str) -> LowRank: return LowRank(self.Vh[name], self.S[name], self.U[name]) # its directions in the base
@@ -150,10 +166,13 @@ class ModulatedPiSSA(LowRankAdapter):
     def take_over(self, ck, cfg) -> None:
         if self.attached and cfg.extract: raise RuntimeError(f"{ck.path}: holds an extracted adapter; leave the with block first")
         if self.extracted: self.restore_base_W()
+        self.step = {} # what the file holds is delta_s
         super().take_over(ck, cfg)
 
     def settle(self, meta:Mapping) -> None:
         super().settle(meta)
+        with torch.no_grad():
+            for name, step in self.step.items(): self.theta[name].div_(step)
         self._key = extract(self.layers, self.id, self.held, self.keep_base) if self.cfg.extract else ""
 
     def new_id(self) -> str: return _round_id(self.S, self.layers) if self.cfg.extract else super().new_id()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..model.calls import layer_input
-from ..maths.scores import ProjectionStats, project
+from ..maths.statistics import ProjectionStats, project
 from ..model.cache import check_after, directions
 from ..model.layers import device_of, guard_4bit, inner_model, offloading
 from ..model.ledger import check_whole

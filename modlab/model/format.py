@@ -61,6 +61,8 @@ class _Header(BaseModel):
     selection_score: str | None = None
     extract: bool = True
     init: _Two = [0.0, 0.0]
+    step: str | FiniteFloat = "plain"
+    r_total: PositiveInt | None = None
     scale: dict[str, FiniteFloat] = {}
 
 # %% ../../nbs/2_model/11_format.ipynb #9d0e864c

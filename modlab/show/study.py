@@ -24,7 +24,8 @@ from ..adapters.adapter import Adapter
 from ..adapters.hooks import check_model
 from ..adapters.selection import projections, spectrum_table
 from ..learn.activations import by_layer, stored
-from ..maths.scores import choose, same_spectrum, selection_scores
+from ..maths.scores import choose, selection_scores
+from ..maths.statistics import same_spectrum
 from ..maths.svd import thin_svd
 from ..measure.calibrate import Calibration
 from ..measure.dose import check_doses, kl_curve
