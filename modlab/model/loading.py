@@ -171,13 +171,22 @@ def _record_of(line:str, n:int, path:str|Path|None) -> dict:
     if not isinstance(record, dict): raise ValueError(f"{path}, line {n}: expected {{prompt, …}}, got {record!r}")
     return record
 
+# %% ../../nbs/2_model/05_loading.ipynb #5a1b7e02
+def _shipped(axis:str) -> str: # JSON lines
+    "The pairs of an axis. `ValueError`, with the axes that there are."
+    there = {Path(f.name).stem: f for f in (files("modlab") / "data").iterdir() if f.name.endswith(".jsonl")}
+    if axis in there: return there[axis].read_text(encoding="utf-8")
+    raise ValueError(f"no pairs are shipped for the axis {axis!r}; there are {sorted(there)}; a file of your own goes in path=")
+
+
 # %% ../../nbs/2_model/05_loading.ipynb #457c9f21
 def load_pairs(split:str|None=None, # "train", "test" (held out), or none for both
                path:str|Path|None=None, # a JSON-lines file of your own
+               axis:str="knight", # of the shipped pairs: knight, formal or poet
               ) -> list[dict]: # records {prompt, cho, rej, split}
-    "The shipped chosen/rejected pairs, or a file's. `ValueError`: a line that is no record, or a split that the file lacks."
-    source = files("modlab") / "data" / "pairs.jsonl" if path is None else Path(path)
-    lines = source.read_text(encoding="utf-8").split("\n") # splitlines would cut at a U+2028 within a string too
+    "The shipped pairs of an axis, or a file's. `ValueError`: no such axis, a line that is no record, a split that the file lacks."
+    text = _shipped(axis) if path is None else Path(path).read_text(encoding="utf-8")
+    lines = text.split("\n") # splitlines would cut at a U+2028 within a string too
     records = [_record_of(line, n, path) for n, line in enumerate(lines, 1) if line.strip()]
     splits = sorted({r["split"] for r in records if "split" in r})
     if split is not None and split not in splits:

@@ -20,12 +20,14 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from modlab import (ContrastConfig, LoRAConfig, ModulatedLoRA, ModulatedPiSSA, NonFiniteLoss, PiSSAConfig, capture_activations, collate,
-                    contrast, find_targets, kl_rev, load_model, load_pairs, selection_scores, thin_svd, tiny_model)
+from modlab import (ContrastConfig, LoRAConfig, ModulatedLoRA, ModulatedPiSSA, NonFiniteLoss, PiSSAConfig, capture_activations, capture_gradients,
+                    collate, contrast, find_targets, kl_rev, load_model, load_pairs, selection_scores, thin_svd, tiny_model)
 from modlab.adapters.adapter import Adapter
 from modlab.adapters.hooks import Adder, Hooks
 from modlab.maths.divergence import token_nll
-from modlab.maths.scores import SCORES, project
+from modlab.maths.scores import GRADIENT_SCORES, SCORES
+from modlab.maths.statistics import project
+from modlab.maths.steps import step_sizes
 from modlab.measure.grid import grid
 from modlab.model.loading import evaluating
 from modlab.model.readout import Readout, answer_ids, answer_rows
@@ -34,9 +36,10 @@ from modlab.model.text import encode_side
 logging.getLogger("modlab").setLevel(logging.ERROR)  # errors of runs are told by `Plan.go`
 HERE = Path(__file__).resolve().parent
 AXES = json.loads((HERE / "axes.json").read_text(encoding="utf-8"))  # axis -> its two personas
-CHOICE_AXES, LAST_AXIS = ("knight", "formal"), "poet"  # choices are made on the first two; the third is run once, at the end
+CHOICE_AXES, LAST_AXIS = ("knight", "poet"), "formal"  # choices are made on the first two; the third is run once, at the end
 SEEDS, TUNING_SEED = (0, 1, 2), 100  # of training pairs, their order, random directions; of the runs that choose a rate
 BAND, BUDGET, WRITERS = (0.3, 0.7), 0.2, ("o_proj", "down_proj")
+OLDER = [mode for mode in SCORES if mode not in GRADIENT_SCORES]
 FULL = dict(train=48, held_back=24, test=36, epochs=2, batch=4, r=64)
 TINY = dict(train=4, held_back=2, test=2, epochs=1, batch=2, r=4)
 
@@ -100,49 +103,19 @@ def training_pairs(model:str, axis:str, seed:int) -> list:
 
 # ---- scores ----
 
-def pair_gradients(where:Lab, pairs:list, side:str) -> dict[str, torch.Tensor]: # layer -> (pair, direction)
-    "The gradient of each answer's mean NLL by the gain of each direction: `Σ_t (Uᵀ G_t)_j (Vh x_t)_j`."
-    found, kept = {n: [] for n in where.layers}, {}
-    def hook(name):
-        U, _, Vh = where.basis[name]
-        def note(layer, args, y):
-            x = args[0].detach()
-            if not y.requires_grad: y.requires_grad_(True)
-            y.register_hook(lambda G: found[name].append(((G @ U) * (x @ Vh.T)).sum(1)))
-        return note
-    hooks = [layer.register_forward_hook(hook(n)) for n, layer in where.layers.items()]
-    try:
-        with evaluating(where.model), torch.enable_grad():
-            for k in range(0, len(pairs), 8):
-                batch = collate([encode_side(where.tok, p, side, 512) for p in pairs[k:k + 8]], where.pad)
-                logits = where.model(**batch.inputs(where.device), use_cache=False).logits[:, :-1][batch.is_target[:, 1:].to(where.device)]
-                row = answer_rows(batch).to(where.device)
-                nll = token_nll(logits, answer_ids(batch).to(where.device))
-                (nll / row.bincount()[row]).sum().backward()
-    finally:
-        for h in hooks: h.remove()
-    return {n: torch.cat(g).double() for n, g in found.items()}
-
 def gradient_scores(where:Lab, pairs:list) -> tuple[dict, dict]:
-    "The four scores from gradients, and the Fisher diagonal; layer -> (k,)."
-    plus, minus = (pair_gradients(where, pairs, side) for side in ("cho", "rej"))
-    scores, fisher = {m: {} for m in ("grad_abs", "grad_snr", "grad_fisher", "taylor")}, {}
-    for n, (_, S, _) in where.basis.items():
-        m = minus[n] - plus[n]
-        F = plus[n].square().mean(0) + minus[n].square().mean(0)
-        mean = m.mean(0).abs()
-        made = dict(grad_abs=mean, grad_snr=mean / m.std(0), grad_fisher=mean / F.sqrt(), taylor=mean * S)
-        for mode, value in made.items(): scores[mode][n] = torch.where(S > 1e-5 * S[0], value, -1.0).float()
-        fisher[n] = F
-    return scores, fisher
+    "The four scores from gradients, mode -> layer -> (k,), and the Fisher diagonal, layer -> (k,)."
+    stats = capture_gradients(where.model, where.tok, pairs, LoRAConfig(layer_range=BAND))
+    scores = {mode: {n: selection_scores(where.basis[n][1], mode, st, n) for n, st in stats.items()} for mode in GRADIENT_SCORES}
+    return scores, {n: st.fisher for n, st in stats.items()}
 
 def activation_scores(where:Lab, pairs:list) -> dict:
     "The four older scores; mode -> layer -> (k,)."
     X = capture_activations(where.model, where.tok, pairs, LoRAConfig(layer_range=BAND))
-    scores = {mode: {} for mode in SCORES}
+    scores = {mode: {} for mode in OLDER}
     for n, (_, S, Vh) in where.basis.items():
         stats = {side: project(x, Vh, n) for side, x in X[n].items()}
-        for mode in SCORES: scores[mode][n] = selection_scores(S, mode, stats, n).float()
+        for mode in OLDER: scores[mode][n] = selection_scores(S, mode, stats, n)
     return scores
 
 @cache
@@ -173,23 +146,18 @@ def chosen(where:Lab, score:str, layers:str, r:int, axis:str, seed:int) -> dict[
         r = total // len(scores)
     return {n: s.topk(min(r, len(s))).indices.sort().values for n, s in scores.items()}
 
-def steps(where:Lab, idx:dict, power:float, axis:str, seed:int) -> dict[str, torch.Tensor]:
-    "`F^-power` of the chosen directions (F floored at 1e-3 of its median), with geometric mean 1 over all layers."
-    if not power: return {n: torch.ones(len(i)) for n, i in idx.items()}
-    F = captured(where.name, axis, seed)["fisher"]
-    step = {n: F[n].clamp(min=1e-3 * F[n].median())[i.to(F[n].device)].pow(-power).cpu() for n, i in idx.items()}
-    middle = torch.cat(list(step.values())).log().mean().exp()
-    return {n: (s / middle).float() for n, s in step.items()}
-
-def pissa(where:Lab, idx:dict, step:dict) -> ModulatedPiSSA:
-    "Directions of every layer, from the decomposition that is there. `U · step` and a plain `theta` are `U` and `theta · step`."
-    tables = {t: {} for t in ModulatedPiSSA.tables}
+def pissa(where:Lab, idx:dict, power:float, axis:str, seed:int) -> ModulatedPiSSA:
+    "An adapter on these directions, from the decomposition that is there; `delta_s` starts at 0."
+    tables = {t: {} for t in ("U", "S", "Vh", "delta_s", "chosen_idx", "spectrum")}
     for n, i in idx.items():
         U, S, Vh = where.basis[n]
         at = i.to(U.device)
-        made = dict(U=U[:, at] * step[n].to(U), S=S[at], Vh=Vh[at], delta_s=torch.zeros(len(i)), chosen_idx=i, spectrum=S)
+        made = dict(U=U[:, at], S=S[at], Vh=Vh[at], delta_s=torch.zeros(len(i)), chosen_idx=i, spectrum=S)
         for t, value in made.items(): tables[t][n] = value
-    cfg = PiSSAConfig(r=max(map(len, idx.values())), layer_range=BAND, selection_score="s_only", extract=False, init=(0.0, 0.0))
+    if power:
+        fisher = captured(where.name, axis, seed)["fisher"]
+        tables["step"] = step_sizes({n: fisher[n].cpu()[i] for n, i in idx.items()}, power)
+    cfg = PiSSAConfig(r=max(map(len, idx.values())), layer_range=BAND, extract=False, init=(0.0, 0.0), step=power or "plain")
     adapter = ModulatedPiSSA.__new__(ModulatedPiSSA)
     adapter.setup(where.model, cfg, {n: where.layers[n] for n in idx}, tables)
     return adapter
@@ -230,7 +198,7 @@ def build(where:Lab, arm:str, axis:str, seed:int, lr:float, r:int, chosen_on:str
         return ModulatedLoRA(where.model, r=score, alpha=power, targets=layers, layer_range=band,
                              generator=torch.Generator().manual_seed(seed))
     idx = chosen(where, score, layers, r, chosen_on, seed)
-    return pissa(where, idx, steps(where, idx, power, axis, seed))
+    return pissa(where, idx, power, axis, seed)
 
 
 # ---- what a dose costs and what it buys ----
@@ -358,10 +326,10 @@ def run_where(model:str, axis:str, arm:str, lr:float, seed:int) -> pd.DataFrame:
     thirds = {f"blocks {b[0]}-{b[-1]}": b for b in (blocks[k * len(blocks) // 3:(k + 1) * len(blocks) // 3] for k in range(3)) if b}
     groups = {role: [n for n in adapter.layers if n.endswith(role)] for role in dict.fromkeys(n.rpartition(".")[2] for n in adapter.layers)}
     groups |= {third: [n for n in adapter.layers if block_number(n) in b] for third, b in thirds.items()}
-    trained, rows = {n: p.detach().clone() for n, p in adapter.delta_s.items()}, [dict(part="whole") | whole]
+    trained, rows = {n: p.detach().clone() for n, p in adapter.theta.items()}, [dict(part="whole") | whole]
     for part, kept in groups.items():
         with torch.no_grad():
-            for name, p in adapter.delta_s.items(): p.copy_(trained[name] if name in kept else torch.zeros_like(p))
+            for name, p in adapter.theta.items(): p.copy_(trained[name] if name in kept else torch.zeros_like(p))
         test = probe(model, axis, "test")
         both = [*range(2 * test.n)]
         doses = [whole["c_plus"]] * len(both) + [whole["c_minus"]] * len(both)
