@@ -26,6 +26,7 @@ from .learn.heal import HealConfig, HealRun, heal
 from .learn.loop import NonFiniteLoss
 from .measure.calibrate import Calibration, calibrate_c
 from .measure.dose import kl_curve
+from .measure.grid import grid
 from .share.peft import from_peft, to_peft
 from .show.explore import Explorer, explore
 from .show.plots import plot_gradient_cosine, plot_kl_vs_c, plot_nll, plot_overlap, plot_selection, plot_tail_depth
