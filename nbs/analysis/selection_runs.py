@@ -2,8 +2,9 @@
 
     python selection_runs.py --tier all --device cuda --jobs 12 --seconds 380 --out FOLDER
 
-A run trains one adapter (an *arm*) on the pairs of one axis, finds the doses at which it costs a budget of mean KL on held-back pairs, and reads the
-margin there on test pairs. Each arm's learning rate is chosen on held-back pairs first, with a seed that no later run uses.
+A run trains one adapter (an *arm*) on the pairs of one axis, finds the doses at which it costs a budget of mean KL on held-back
+pairs, and reads the margin there on test pairs. Each arm's learning rate is chosen on held-back pairs first, with a seed that no
+later run uses.
 """
 import argparse
 import json
@@ -20,8 +21,25 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from modlab import (ContrastConfig, LoRAConfig, ModulatedLoRA, ModulatedPiSSA, NonFiniteLoss, PiSSAConfig, capture_activations, capture_gradients,
-                    collate, contrast, find_targets, kl_rev, load_model, load_pairs, selection_scores, thin_svd, tiny_model)
+from modlab import (
+    ContrastConfig,
+    LoRAConfig,
+    ModulatedLoRA,
+    ModulatedPiSSA,
+    NonFiniteLoss,
+    PiSSAConfig,
+    capture_activations,
+    capture_gradients,
+    collate,
+    contrast,
+    find_targets,
+    kl_rev,
+    load_model,
+    load_pairs,
+    selection_scores,
+    thin_svd,
+    tiny_model,
+)
 from modlab.adapters.adapter import Adapter
 from modlab.adapters.hooks import Adder, Hooks
 from modlab.maths.divergence import token_nll
@@ -45,7 +63,8 @@ TINY = dict(train=4, held_back=2, test=2, epochs=1, batch=2, r=4)
 
 # kind, score, power of the step (step_j = F_j ** -power), which layers, where the rank is shared out
 ARMS = {
-    "random": ("pissa", "random", 0.0, "all"), "wanda": ("pissa", "wanda", 0.0, "all"), "grad_fisher": ("pissa", "grad_fisher", 0.0, "all"),
+    "random": ("pissa", "random", 0.0, "all"), "wanda": ("pissa", "wanda", 0.0, "all"),
+    "grad_fisher": ("pissa", "grad_fisher", 0.0, "all"),
     "random 1/√F": ("pissa", "random", 0.5, "all"), "grad_fisher 1/√F": ("pissa", "grad_fisher", 0.5, "all"),
     "random 1/F": ("pissa", "random", 1.0, "all"), "grad_fisher 1/F": ("pissa", "grad_fisher", 1.0, "all"),
     "s_only": ("pissa", "s_only", 0.0, "all"), "act_only": ("pissa", "act_only", 0.0, "all"),
@@ -80,7 +99,7 @@ def once(name:str, make):
 class Lab:
     "A model with the layers of the middle blocks and their singular directions, on the device."
     def __init__(self, name:str):
-        model, self.tok = tiny_model() if name == "tiny" else load_model(os.environ.get("SELECTION_MODEL"), dtype=torch.float32)
+        model, self.tok = tiny_model() if name == "tiny" else load_model(dtype=torch.float32)
         self.name, self.size, self.device = name, size(name), os.environ["SELECTION_DEVICE"]
         self.model = model.to(self.device).requires_grad_(False)
         self.layers = find_targets(self.model, LoRAConfig(layer_range=BAND))
@@ -179,16 +198,17 @@ class Steering(Adapter):
         self.hooks = Hooks(self.layers, lambda name, layer, hooks: Shift(name, layer, hooks, vector))
 
 @torch.no_grad()
+def mean_output(where:Lab, layer, side:str, pairs:list) -> torch.Tensor: # of a block, over the tokens of answers
+    seen, batch = [], collate([encode_side(where.tok, p, side, 512) for p in pairs], where.pad)
+    hook = layer.register_forward_hook(lambda layer, args, y: seen.append(y))
+    try: where.model.base_model(**batch.inputs(where.device), use_cache=False)
+    finally: hook.remove()
+    return seen[0][batch.is_target.to(where.device)].mean(0)
+
 def steering(where:Lab, block:int, pairs:list) -> Steering:
     "The mean difference of a block's output on the tokens of chosen and of rejected answers."
-    layer, means = where.model.model.layers[block], []
-    for side in ("cho", "rej"):
-        seen, batch = [], collate([encode_side(where.tok, p, side, 512) for p in pairs], where.pad)
-        hook = layer.register_forward_hook(lambda layer, args, y: seen.append(y))
-        try: where.model(**batch.inputs(where.device), use_cache=False)
-        finally: hook.remove()
-        means.append(seen[0][batch.is_target.to(where.device)].mean(0))
-    return Steering(layer, means[0] - means[1])
+    layer = where.model.model.layers[block]
+    return Steering(layer, mean_output(where, layer, "cho", pairs) - mean_output(where, layer, "rej", pairs))
 
 def build(where:Lab, arm:str, axis:str, seed:int, lr:float, r:int, chosen_on:str) -> Adapter:
     kind, score, power, layers = ARMS[arm]
@@ -207,7 +227,7 @@ class Probe:
     "Both answers of some pairs as token ids, with what the base makes of them."
     def __init__(self, where:Lab, pairs:list):
         self.where, self.n = where, len(pairs)
-        self.rows = [encode_side(where.tok, p, side, 512) for side in ("cho", "rej") for p in pairs]  # all chosen, then all rejected
+        self.rows = [encode_side(where.tok, p, side, 512) for side in ("cho", "rej") for p in pairs]  # all chosen come first
         self.readout = Readout(where.model, collate(self.rows[:1], where.pad))
         with torch.no_grad(): self.base = [self.readout.states(collate([row], where.pad)) for row in self.rows]
 
@@ -224,7 +244,8 @@ class Probe:
             at = torch.tensor(part)[answer_rows(batch)]
             for tokens in torch.arange(len(ids)).split(768):
                 logits, reference = self.readout.logits(h[tokens]), self.readout.logits(base[tokens])
-                values = torch.stack([kl_rev(logits, reference), token_nll(logits, ids[tokens]), torch.ones(len(tokens), device=h.device)], 1)
+                kl, nll = kl_rev(logits, reference), token_nll(logits, ids[tokens])
+                values = torch.stack([kl, nll, torch.ones_like(kl)], 1)
                 total.index_add_(0, at[tokens], values.double().cpu())
         return total
 
@@ -236,8 +257,8 @@ class Probe:
 @cache
 def probe(model:str, axis:str, which:str) -> Probe: return Probe(lab(model), parts(model, axis)[which])
 
-def doses_for(probe:Probe, adapter:Adapter, budgets:list[float], tol:float=0.03, rounds:int=16) -> dict: # (budget, sign) -> c, or nan
-    "The doses whose mean KL on the chosen answers meets each budget, on either side of 0: all are searched in the same batches."
+def doses_for(probe:Probe, adapter:Adapter, budgets:list[float], tol:float=0.03, rounds:int=16) -> dict:
+    "(budget, sign) -> c, or NaN. The doses whose mean KL on the chosen answers meets each budget, on either side of 0: all are searched in the same batches."
     goals = [(b, sign) for b in budgets for sign in (1, -1)]
     c, seen, found = {g: (g[0] / BUDGET) ** 0.5 for g in goals}, {g: [] for g in goals}, {}
     for _ in range(rounds):
@@ -269,7 +290,7 @@ def effect(total:torch.Tensor, n:int) -> dict: # of rows: chosen at +, rejected 
 
 def measured(where:Lab, adapter:Adapter, axis:str, budgets:list[float], on:str) -> list[dict]:
     "Doses from held-back pairs, effects on the pairs of `on`; one row per budget."
-    held_back, test, rows = probe(where.name, axis, "held_back"), probe(where.name, axis, on), []  # read before anything is attached
+    held_back, test, rows = probe(where.name, axis, "held_back"), probe(where.name, axis, on), []  # of the base: nothing attached
     with evaluating(where.model), adapter(where.model, 0.0):
         found = doses_for(held_back, adapter, budgets)
         for b in budgets:
@@ -315,7 +336,7 @@ def run_prompt(model:str, axis:str, on:str) -> dict:
     return effect(torch.cat(total), test.n)
 
 def run_where(model:str, axis:str, arm:str, lr:float, seed:int) -> pd.DataFrame:
-    "One trained adapter at its dose, with the directions of a role or of a third of the blocks alone: what each part costs and buys."
+    "One trained adapter at its dose, with the directions of a role or of a third of the blocks alone: what each costs and buys."
     in_time()
     where, n = lab(model), size(model)
     adapter = build(where, arm, axis, seed, lr, n["r"], axis)
@@ -323,9 +344,10 @@ def run_where(model:str, axis:str, arm:str, lr:float, seed:int) -> pd.DataFrame:
     contrast(where.model, where.tok, adapter, training_pairs(model, axis, seed), cfg)
     whole = measured(where, adapter, axis, [BUDGET], "test")[0]
     blocks = sorted({block_number(name) for name in adapter.layers})
-    thirds = {f"blocks {b[0]}-{b[-1]}": b for b in (blocks[k * len(blocks) // 3:(k + 1) * len(blocks) // 3] for k in range(3)) if b}
-    groups = {role: [n for n in adapter.layers if n.endswith(role)] for role in dict.fromkeys(n.rpartition(".")[2] for n in adapter.layers)}
-    groups |= {third: [n for n in adapter.layers if block_number(n) in b] for third, b in thirds.items()}
+    thirds = [b for b in (blocks[k * len(blocks) // 3:(k + 1) * len(blocks) // 3] for k in range(3)) if b]
+    roles = dict.fromkeys(name.rpartition(".")[2] for name in adapter.layers)
+    groups = {role: [name for name in adapter.layers if name.endswith(role)] for role in roles}
+    groups |= {f"blocks {b[0]}-{b[-1]}": [name for name in adapter.layers if block_number(name) in b] for b in thirds}
     trained, rows = {n: p.detach().clone() for n, p in adapter.theta.items()}, [dict(part="whole") | whole]
     for part, kept in groups.items():
         with torch.no_grad():
@@ -345,14 +367,15 @@ def run_overlap(model:str, axis:str, score:str) -> dict:
     where, r = lab(model), size(model)["r"]
     pool, found = parts(model, axis)["pool"], []
     for half in (pool[::2], pool[1::2]):
-        scores = gradient_scores(where, half)[0] if score.startswith(("grad", "taylor")) else activation_scores(where, half)
+        scores = gradient_scores(where, half)[0] if score in GRADIENT_SCORES else activation_scores(where, half)
         found.append({n: set(s.topk(min(r, len(s))).indices.tolist()) for n, s in scores[score].items()})
     other = next(a for a in CHOICE_AXES if a != axis)
     there = chosen(where, score, "all", r, other, 0)
     here = chosen(where, score, "all", r, axis, 0)
     share = lambda a, b: sum(len(set(a[n]) & set(b[n])) for n in a) / sum(len(a[n]) for n in a)
     as_sets = [{n: set(i.tolist()) for n, i in x.items()} for x in (here, there)]
-    chance = sum(min(r, len(S)) ** 2 / len(S) for _, S, _ in where.basis.values()) / sum(min(r, len(S)) for _, S, _ in where.basis.values())
+    sizes = [(min(r, len(S)), len(S)) for _, S, _ in where.basis.values()]
+    chance = sum(n * n / k for n, k in sizes) / sum(n for n, _ in sizes)
     return dict(halves=share(*found), axes=share(*as_sets), chance=chance, pairs_per_half=len(pool) // 2)
 
 
@@ -363,11 +386,14 @@ def rates(arm:str) -> tuple:
 
 def setting(model:str, axis:str, arm:str, lr:float, seed:int, **other) -> dict:
     n = size(model)
-    return dict(model=model, axis=axis, arm=arm, lr=float(lr), seed=seed, epochs=n["epochs"], r=n["r"], budgets=[BUDGET], on="test", chosen_on=axis) | other
+    usual = dict(epochs=n["epochs"], r=n["r"], budgets=[BUDGET], on="test", chosen_on=axis)
+    return dict(model=model, axis=axis, arm=arm, lr=float(lr), seed=seed) | usual | other
 
 def tuning(model:str, arms) -> list[dict]:
     "The runs that choose a rate: one seed of their own, read on held-back pairs, on both choice axes."
-    return [setting(model, axis, arm, lr, TUNING_SEED, on="held_back") for arm in arms if arm != "prompt" for axis in CHOICE_AXES for lr in rates(arm)]
+    trained = [arm for arm in arms if arm != "prompt"]
+    grid_of = [(arm, axis, lr) for arm in trained for axis in CHOICE_AXES for lr in rates(arm)]
+    return [setting(model, axis, arm, lr, TUNING_SEED, on="held_back") for arm, axis, lr in grid_of]
 
 def best_rates(table:pd.DataFrame) -> pd.Series: # arm -> rate
     "The rate with the largest effect, as a mean over the axes; a rate that failed on one axis is out."
@@ -402,14 +428,16 @@ class Plan:
         table = self.go(run, self.tuned)
         for _ in range(2):
             axes = dict.fromkeys(s["axis"] for s in self.tuned)
-            more = [setting(self.model, axis, arm, lr, TUNING_SEED, on="held_back") for arm, lr in beyond(table[table.error.isna()]) for axis in axes]
+            edges = beyond(table[table.error.isna()])
+            more = [setting(self.model, axis, arm, lr, TUNING_SEED, on="held_back") for arm, lr in edges for axis in axes]
             if not more: break
             self.tuned += more
             table = self.go(run, self.tuned)
         return best_rates(table[table.error.isna()])
 
     def seeds(self, arms, best, axes=CHOICE_AXES, seeds=SEEDS, **other) -> None:
-        self.go(run, [setting(self.model, axis, arm, best[arm], seed, **other) for seed in seeds for axis in axes for arm in arms if arm in best])
+        runs = [(seed, axis, arm) for seed in seeds for axis in axes for arm in arms if arm in best]
+        self.go(run, [setting(self.model, axis, arm, best[arm], seed, **other) for seed, axis, arm in runs])
 
     def core(self) -> None: self.seeds(CORE, self.tune(CORE))
 
@@ -438,9 +466,11 @@ class Plan:
 
     def stable(self) -> None:
         best = self.tune([])
-        self.go(run_overlap, [dict(model=self.model, axis=axis, score=s) for axis in CHOICE_AXES for s in ("grad_fisher", "wanda")])
+        pairs = [(axis, score) for axis in CHOICE_AXES for score in ("grad_fisher", "wanda")]
+        self.go(run_overlap, [dict(model=self.model, axis=axis, score=score) for axis, score in pairs])
         for axis, other in (CHOICE_AXES, CHOICE_AXES[::-1]): self.seeds(["grad_fisher"], best, [axis], chosen_on=other)
-        self.go(run_where, [dict(model=self.model, axis=axis, arm=arm, lr=best[arm], seed=0) for axis in CHOICE_AXES for arm in ("grad_fisher", "random")])
+        pairs = [(axis, arm) for axis in CHOICE_AXES for arm in ("grad_fisher", "random")]
+        self.go(run_where, [dict(model=self.model, axis=axis, arm=arm, lr=best[arm], seed=0) for axis, arm in pairs])
 
     def more_seeds(self) -> None: self.seeds(CORE + WITNESSES[:3], self.tune([]), CHOICE_AXES, (3, 4))
 
@@ -454,25 +484,20 @@ def main() -> None:
     p.add_argument("--out", default=HERE / "results" / "selection", type=Path)
     p.add_argument("--scratch", default=None, type=Path, help="for decompositions and scores; beside --out if not given")
     p.add_argument("--seconds", type=float, default=math.inf, help="no run starts after so many")
-    p.add_argument("--gguf", default=None, type=Path, help="the default model's file, where its package is not installed")
     p.add_argument("--tiny", action="store_true", help="a tiny random model, to try the whole")
     args = p.parse_args()
     scratch = (args.scratch or args.out.parent / "scratch").absolute()
     scratch.mkdir(parents=True, exist_ok=True)
-    os.environ |= dict(SELECTION_SCRATCH=str(scratch), SELECTION_DEVICE=args.device, SELECTION_DEADLINE=str(time.time() + args.seconds),
-                       TQDM_DISABLE="1", PYTHONPATH=os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
-    if args.gguf: os.environ["SELECTION_MODEL"] = str(converted(args.gguf, scratch / "model"))
+    deadline = str(time.time() + args.seconds)
+    os.environ |= dict(SELECTION_SCRATCH=str(scratch), SELECTION_DEVICE=args.device, SELECTION_DEADLINE=deadline,
+                       TQDM_DISABLE="1", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"), MALLOC_MMAP_THRESHOLD_="1000000",
+                       PYTHONPATH=os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
     model = "tiny" if args.tiny else "SmolLM2-135M-Instruct"
     plan = Plan(model, args.out, args.jobs)
     for tier in TIERS if "all" in args.tier else args.tier:
         if time.time() > float(os.environ["SELECTION_DEADLINE"]): break
         print(f"{time.strftime('%H:%M:%S')} tier {tier}", flush=True)
         getattr(plan, tier)()
-
-def converted(gguf:Path, folder:Path) -> Path:
-    from modlab.model import loading
-    if not folder.exists(): loading._convert(gguf, folder)
-    return folder
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
