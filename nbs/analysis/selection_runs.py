@@ -258,7 +258,7 @@ class Probe:
 def probe(model:str, axis:str, which:str) -> Probe: return Probe(lab(model), parts(model, axis)[which])
 
 def doses_for(probe:Probe, adapter:Adapter, budgets:list[float], tol:float=0.03, rounds:int=16) -> dict:
-    "(budget, sign) -> c, or NaN. The doses whose mean KL on the chosen answers meets each budget, on either side of 0: all are searched in the same batches."
+    "(budget, sign) -> c, or NaN: the dose whose mean KL on the chosen answers meets the budget. All are searched at once."
     goals = [(b, sign) for b in budgets for sign in (1, -1)]
     c, seen, found = {g: (g[0] / BUDGET) ** 0.5 for g in goals}, {g: [] for g in goals}, {}
     for _ in range(rounds):
