@@ -202,13 +202,30 @@ def tiny_model(seed:int=0, # the weights are a function of this number alone
         torch.manual_seed(seed)
         return LlamaForCausalLM(cfg).eval(), tok
 
+# %% ../../nbs/2_model/05_loading.ipynb #dba8755f
+def _record_of(line:str, n:int, path:str|Path|None) -> dict:
+    "Line `n` of a JSON-lines file. `ValueError`, naming file and line, for what is no record."
+    try: record = json.loads(line)
+    except ValueError as e: raise ValueError(f"{path}, line {n}: not JSON ({e})") from e
+    if not isinstance(record, dict): raise ValueError(f"{path}, line {n}: expected {{prompt, …}}, got {record!r}")
+    return record
+
+# %% ../../nbs/2_model/05_loading.ipynb #5a1b7e02
+def _shipped(axis:str) -> bytes: # JSON lines
+    "The pairs of an axis. `ValueError`, with the axes that there are."
+    there = {Path(f.name).stem: f for f in (files("modlab") / "data").iterdir() if f.name.endswith(".jsonl")}
+    if axis in there: return there[axis].read_bytes()
+    raise ValueError(f"no pairs are shipped for the axis {axis!r}; there are {sorted(there)}; a file of your own goes in path=")
+
+
 # %% ../../nbs/2_model/05_loading.ipynb #457c9f21
 def load_pairs(split:str|None=None, # "train", "test" (held out), or none for both
                path:str|Path|None=None, # a JSON-lines file of your own
+               axis:str="knight", # of the shipped pairs: knight, formal or poet
               ) -> list[dict]: # records {prompt, cho, rej, split}
-    "The shipped chosen/rejected pairs, or a file's. `ValueError`: a line that is no record, or a split that the file lacks."
-    source = files("modlab") / "data" / "pairs.jsonl" if path is None else Path(path)
-    records = read_records(source.read_bytes(), str(path or "the shipped pairs"))
+    "The shipped chosen/rejected pairs of an axis, or a file's. `ValueError`: no such axis or split, or a line that is no record."
+    text = _shipped(axis) if path is None else Path(path).read_bytes()
+    records = read_records(text, str(path or "the shipped pairs"))
     splits = sorted({r.get("split") for r in records} - {None})
     if split is not None and split not in splits:
         raise ValueError(f"no record of {path or 'the shipped pairs'} has the split {split!r}; there are {splits or 'none'}, and "
