@@ -32,7 +32,7 @@ from modlab import (
     load_pairs,
     selection_scores,
 )
-from modlab.maths.scores import project
+from modlab.maths.statistics import project
 from modlab.model import cache
 from modlab.model.text import Batch, batches, encode_records
 
