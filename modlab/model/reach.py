@@ -151,16 +151,12 @@ def check_called(model:nn.Module, layers:Mapping[str, nn.Module]) -> None:
 
 # %% ../../nbs/2_model/01_reach.ipynb #c569ae53
 _WRITERS = re.compile(
-    r"o|wo|w2|o_proj|out_proj|down_proj|c_proj|fc2|fc_out|out_lin|lin2|dense_4h_to_h|attn_out|ff_out|proj_out|output|output_linear|"
-    r"output_proj|proj_down|linear_2|w_out|wout|o_net|out|(?<=attention\.)dense|(?<=attn\.)dense|(?<=output\.)dense")
-
-def _is_writer(name:str) -> bool:
-    ends = [m for m in _WRITERS.finditer(name) if m.end() == len(name)]
-    return any(m.start() == 0 or name[m.start() - 1] == "." for m in ends)
+    r"(?:^|\.)(?:o|wo|w2|o_proj|out_proj|down_proj|c_proj|fc2|fc_out|out_lin|lin2|dense_4h_to_h|attn_out|ff_out|proj_out|output|"
+    r"output_linear|output_proj|proj_down|linear_2|w_out|wout|o_net|out|(?:attention|attn|output)\.dense)$")
 
 def writers(model:nn.Module) -> set[str]: # full names of linear layers
     "The layers that write to the residual stream: by their name, and by its width where the model tells it."
     config = getattr(inner_model(model), "config", None)
     width = getattr(config.get_text_config(), "hidden_size", None) if hasattr(config, "get_text_config") else None
-    layers = {name: m for name, m in plain_modules(model).items() if is_linear(m) and _is_writer(name)}
+    layers = {name: m for name, m in plain_modules(model).items() if is_linear(m) and _WRITERS.search(name)}
     return {name for name, layer in layers.items() if width in (None, layer_shape(layer)[0])}
