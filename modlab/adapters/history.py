@@ -6,6 +6,7 @@
 __all__ = ['History', 'doses', 'summed', 'stacked', 'layers_of', 'HistoryBake', 'PiSSAHistoryBake', 'baked', 'bake_']
 
 # %% ../../nbs/3_adapters/06_history.ipynb #b5352d9f
+import html
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -135,7 +136,7 @@ class HistoryBake(_Stacked):
         self.gate = is_active
 
     def __repr__(self) -> str: return _describe(self)
-    def _repr_html_(self) -> str: return f"<b>{_describe(self)}</b>{self.table.to_html(index=False)}"
+    def _repr_html_(self) -> str: return f"<b>{html.escape(_describe(self))}</b>{self.table.to_html(index=False)}"
 
 # %% ../../nbs/3_adapters/06_history.ipynb #93d7385b
 def _describe(bake:HistoryBake) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..maths.lowrank import LowRank
 from ..model.calls import ADDERS, NOTES, guard, here_only, put, take
 from ..model.copies import Cell, Dose, FastMap, GatedCell, Inputs, check_gradient, is_fresh
+from ..model.layers import inner_model
 from ..model.ledger import Whole
 from ..model.reach import unreached
 from ..model.rows import Rows, check_rows, text_models
@@ -169,7 +170,7 @@ def _attach(hooks:Hooks, model:nn.Module, c:DoseLike) -> ExitStack:
 def check_model(adapter:object, model:nn.Module) -> None: # the adapter: whatever has layers
     "`ValueError` unless the layers of the adapter are layers of this model."
     if not hasattr(adapter, "layers"): raise ValueError(f"a {type(adapter).__name__} in the place of the adapter; mind the order")
-    there = set(map(id, model.modules()))
+    there = set(map(id, inner_model(model).modules()))
     missing = [n for n, layer in adapter.layers.items() if id(layer) not in there]
     if not missing: return
     raise ValueError(f"the adapter was built on another model: {len(missing)} of its {len(adapter.layers)} layers are not in "

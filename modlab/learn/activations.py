@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..model.calls import layer_input
 from ..maths.statistics import ProjectionStats, project
 from ..model.cache import check_after, directions
-from ..model.layers import device_of, guard_4bit, inner_model, offloading
+from ..model.layers import device_of, guard_4bit, inner_model, offloading, room_of
 from ..model.ledger import check_whole
 from ..model.loading import evaluating
 from ..model.targets import LoRAConfig, find_targets
@@ -110,11 +110,11 @@ def _wanted(max_tokens:int|None) -> float:
         raise ValueError(f"max_tokens must be at least 2 (a spread needs two rows), or None for all, got {max_tokens}")
     return math.inf if max_tokens is None else float(max_tokens)
 
-def _runs_of(tok:PreTrainedTokenizerBase, records:Sequence[dict], side:str, batch_size:int) -> Iterator[Batch]:
+def _runs_of(model:nn.Module, tok:PreTrainedTokenizerBase, records:Sequence[dict], side:str, batch_size:int) -> Iterator[Batch]:
     "One side of the records in batches, with a progress bar."
     check_count("batch_size", batch_size)
     total = math.ceil(len(records) / batch_size)
-    yield from tqdm(batches(tok, records, side, batch_size), desc=f"capture {side}", total=total, leave=False, delay=1)
+    yield from tqdm(batches(tok, records, side, batch_size, room=room_of(model)), desc=f"capture {side}", total=total, leave=False, delay=1)
 
 def by_layer(by_side:Mapping[str, Mapping]) -> dict:
     "From side -> layer to layer -> side; a single text has no sides."
@@ -131,7 +131,7 @@ def capture_activations(model:nn.Module, tok:PreTrainedTokenizerBase,
     "Inputs of each target layer on completion tokens, float32 on the CPU. `ValueError` for records of no kind or routed layers."
     model = inner_model(model)
     limit, layers, sides = _wanted(max_tokens), find_targets(model, cfg), sides_of(records)
-    return by_layer({side: stored(model, layers, _runs_of(tok, records, side, batch_size), limit) for side in sides})
+    return by_layer({side: stored(model, layers, _runs_of(model, tok, records, side, batch_size), limit) for side in sides})
 
 # %% ../../nbs/4_learn/00_activations.ipynb #51eef3ed
 def _streamed(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Batch], limit:float, frames:Mapping[str, tuple]
@@ -158,4 +158,4 @@ def capture_statistics(model:nn.Module, tok:PreTrainedTokenizerBase,
     limit, layers, sides = _wanted(max_tokens), find_targets(model, cfg), sides_of(records)
     check_after(model, after)
     frames = {name: (S.cpu(), Vh.cpu() if offloading(layers[name]) else Vh) for name, (_, S, Vh) in directions(layers, after)}
-    return by_layer({side: _streamed(model, layers, _runs_of(tok, records, side, batch_size), limit, frames) for side in sides})
+    return by_layer({side: _streamed(model, layers, _runs_of(model, tok, records, side, batch_size), limit, frames) for side in sides})

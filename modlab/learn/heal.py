@@ -27,7 +27,7 @@ from .settings import TrainConfig, check_validation, with_rate
 from .trainer import (Front, States, TrainRun, check_rounds, counts, encode_answer, identity_of, is_records, on_top,
                                   reference_states, row_means)
 from ..maths.divergence import AGGREGATES, aggregate, barrier, kl_between, log_probs
-from ..model.layers import device_of
+from ..model.layers import device_of, inner_model, room_of
 from ..model.readout import Readout, answer_ids
 from ..model.targets import LoRAConfig
 from ..model.text import Encoded, check_count, collate, sides_of
@@ -73,7 +73,7 @@ class HealConfig(TrainConfig):
     def decay(self) -> float: return self.lam if self.reg == "wd" else self.weight_decay
 
 # %% ../../nbs/4_learn/08_heal.ipynb #d45cd0fd
-def _encode_samples(tok:PreTrainedTokenizerBase, samples:Sequence[dict], cfg:HealConfig) -> list[Encoded]:
+def _encode_samples(tok:PreTrainedTokenizerBase, samples:Sequence[dict], cfg:HealConfig, room:int|None=None) -> list[Encoded]:
     "All samples as token ids. `ValueError` naming the first that cannot be used, or if there are too few."
     if sides_of(samples) != ("completion",):
         raise ValueError("sample 0 is a pair {prompt, cho, rej}; heal trains on {prompt, completion}: take one side of each pair")
@@ -82,7 +82,7 @@ def _encode_samples(tok:PreTrainedTokenizerBase, samples:Sequence[dict], cfg:Hea
     check_validation(len(samples), cfg)
     encoded = []
     for n, sample in enumerate(samples):
-        try: encoded.append(encode_answer(tok, sample, "completion", cfg.max_len))
+        try: encoded.append(encode_answer(tok, sample, "completion", cfg.max_len, room))
         except ValueError as e: raise ValueError(f"sample {n}: {e}") from e
     return encoded
 
@@ -198,8 +198,8 @@ def heal(model:nn.Module, # any Hugging Face causal LM; it is frozen
     _FRONT.check(adapter, samples, history, late)
     cfg = _FRONT.settings(cfg)
     if adapter is not None: check_entry(adapter, model)
-    with run_file(resume, device_of(model.get_input_embeddings())) as file:
-        encoded = _encode_samples(tok, samples, cfg)
+    with run_file(resume, device_of(inner_model(model).get_input_embeddings())) as file:
+        encoded = _encode_samples(tok, samples, cfg, room_of(model))
         _check_history(model, history, adapter, cfg)
         adapter = adapter or _made(model, cfg)
         cfg = with_rate(cfg, adapter, "heal")

@@ -83,9 +83,9 @@ class Front:
         return _settings(self, cfg)
 
 # %% ../../nbs/4_learn/07_trainer.ipynb #fecc5639
-def encode_answer(tok:PreTrainedTokenizerBase, record:dict, side:str, max_len:int) -> Encoded:
+def encode_answer(tok:PreTrainedTokenizerBase, record:dict, side:str, max_len:int, room:int|None=None) -> Encoded:
     "`ValueError`: no text, or no answer token that something predicts."
-    if has_answer(encoded := encode_side(tok, record, side, max_len)): return encoded
+    if has_answer(encoded := encode_side(tok, record, side, max_len, room)): return encoded
     full = len(encoded[0]) == max_len
     why = f"the prompt fills max_len={max_len}; raise it or shorten the prompt" if full else "give it some text"
     raise ValueError(f"no token of the completion is left to learn from: {why}")

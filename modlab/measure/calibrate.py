@@ -24,6 +24,7 @@ from ..adapters.hooks import check_model
 from ..maths.divergence import AGGREGATES, aggregate
 from .crossing import Crossing, crossing
 from .dose import bar_options, compare, readings, states_at
+from ..model.layers import room_of
 from ..model.loading import evaluating
 from ..model.readout import Readout
 from ..model.text import Batch, encode_records, in_batches, sides_of
@@ -136,7 +137,7 @@ def calibrate_c(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, #
     "The dose whose KL(c‖0) meets a budget. Not found in the bracket: `reached` False, `c` NaN. `ValueError`: bad arguments."
     _check_budget(target_kl, stat, sign, bracket, tol)
     check_model(adapter, model)
-    encoded = [None if r is None else encode_records(tok, r, sides_of(r)[0], max_len) for r in (records, held_out)]
+    encoded = [None if r is None else encode_records(tok, r, sides_of(r)[0], max_len, room_of(model)) for r in (records, held_out)]
     text = [list(in_batches(tok, part, batch_size)) for part in _split(*encoded)]
     with evaluating(model), adapter(model, 0.0):
         readout = Readout(model, text[0][0], [adapter])

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ..adapters.adapter import Adapter
 from ..adapters.hooks import check_model
 from ..maths.divergence import AGGREGATES, aggregate, divergences, kl_between, log_probs, token_nll
+from ..model.layers import room_of
 from ..model.loading import evaluating
 from ..model.readout import Readout, answer_ids, answer_rows
 from ..model.rows import NoRows
@@ -154,7 +155,7 @@ def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # de
     chosen answers or completions; their nll; for pairs also nll_rej and margin = nll_rej − nll; n_tokens."""
     cs, sides, bar = check_doses(cs), sides_of(records), bar_options(progress)
     check_model(adapter, model)
-    encoded = encode_sides(tok, records, max_len, sides)
+    encoded = encode_sides(tok, records, max_len, sides, room_of(model))
     text = {side: list(in_batches(tok, _by_length(encoded, side), batch_size)) for side in sides}
     with evaluating(model), adapter(model, 0.0):
         readout = Readout(model, text[sides[0]][0], [adapter])

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..maths.lowrank import LowRank, fold
-from .layers import dense_weight, swap_weight, why_fixed
+from .layers import check_module, dense_weight, swap_weight, why_fixed
 from .ledger import LOCK, Entry, Ledger, base_print, check_all_unchanged, check_unchanged, extractions_of, few, ledger_of, note_change, open_ledger, stamp
 
 # %% ../../nbs/2_model/03_changes.ipynb #7eeea1c7
@@ -207,6 +207,7 @@ def restore(model:nn.Module, # or whatever wraps it
            ) -> None:
     """Undo all extractions, newest first: bit for bit where the base was kept, else the round trip `W_res + U S Vh`. Adapters go
     on unextracted. `RuntimeError`, and no change: an adapter or history is in force, or somebody else wrote to a weight."""
+    check_module(model)
     with _changing({}, model):
         layers = {name: m for name, m in model.named_modules() if ledger_of(m).entries}
         for name, layer in layers.items(): _check_restorable(name, layer, force)

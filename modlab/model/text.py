@@ -30,7 +30,7 @@ def _tokens(tok:PreTrainedTokenizerBase, text:str, special:bool=False) -> list[i
     "Token ids of a text; `ValueError` for whatever the tokenizer raises."
     try: return list(tok(text, add_special_tokens=special).input_ids)
     except Exception as e:
-        raise ValueError(f"the tokenizer refuses {text[:60]!r} ({type(e).__name__}: {str(e)[:200]})") from e
+        raise ValueError(f"the tokenizer (a {type(tok).__name__}) refuses {text[:60]!r} ({type(e).__name__}: {str(e)[:200]})") from e
 
 def _text_ids(tok:PreTrainedTokenizerBase, text:str) -> list[int]:
     "A text with the special tokens that the tokenizer puts in front of it, and without those that it appends."
@@ -110,12 +110,16 @@ def read_records(data:bytes, # the content of a JSON-lines file
     return [_record_of(line, n, name) for n, line in enumerate(lines, 1) if line.strip()]
 
 # %% ../../nbs/2_model/04_text.ipynb #54331cac
-def encode_side(tok:PreTrainedTokenizerBase, record:dict, side:str, max_len:int) -> Encoded:
-    "One answer of a record. `ValueError` if the prompt or the answer is not text."
+def encode_side(tok:PreTrainedTokenizerBase, record:dict, side:str, max_len:int,
+                room:int|None=None, # as many tokens as the model has positions for; None: no limit
+               ) -> Encoded:
+    "One answer of a record. `ValueError` if the prompt or the answer is not text, or there are more tokens than positions."
     for key, kinds in {"prompt": str | list, side: str}.items():
         if key not in record: raise ValueError(f"there is no {key!r} among {sorted(record)}")
         if not isinstance(record[key], kinds): raise ValueError(f"{key} is {record[key]!r}, expected text")
-    return encode(tok, record["prompt"], record[side], max_len)
+    encoded = encode(tok, record["prompt"], record[side], max_len)
+    if room is None or len(encoded[0]) <= room: return encoded
+    raise ValueError(f"{len(encoded[0])} tokens, and the model has {room} positions; shorten the text, or pass max_len={room}")
 
 def has_answer(encoded:Encoded) -> bool:
     "Is there an answer token that something comes before? Nothing predicts the first token of all."
@@ -123,13 +127,14 @@ def has_answer(encoded:Encoded) -> bool:
     return len(ids) > max(n_prompt, 1)
 
 # %% ../../nbs/2_model/04_text.ipynb #8d4d6b4e
-def encode_sides(tok:PreTrainedTokenizerBase, records:Sequence[dict], max_len:int, answers:Iterable[str]
+def encode_sides(tok:PreTrainedTokenizerBase, records:Sequence[dict], max_len:int, answers:Iterable[str],
+                 room:int|None=None, # positions of the model
                 ) -> list[dict[str, Encoded]]: # answer -> (ids, n_prompt), one dict per record that is kept
     "All answers of the records, once. Errors and what is left out as for `encode_records`."
     check_count("max_len", max_len)
     kept, empty = [], []
     for n, record in enumerate(records):
-        try: sides = {answer: encode_side(tok, record, answer, max_len) for answer in answers}
+        try: sides = {answer: encode_side(tok, record, answer, max_len, room) for answer in answers}
         except ValueError as e: raise ValueError(f"record {n}: {e}") from e
         if all(map(has_answer, sides.values())): kept.append(sides)
         else: empty.append(n)
@@ -142,10 +147,11 @@ def encode_sides(tok:PreTrainedTokenizerBase, records:Sequence[dict], max_len:in
 def encode_records(tok:PreTrainedTokenizerBase, records:Sequence[dict],
                    side:str, # "cho", "rej" or "completion"
                    max_len:int=512, # tokens
+                   room:int|None=None, # positions of the model; None: no limit
                   ) -> list[Encoded]: # (ids, n_prompt), each with an answer token at least
     """One side of every record. A record is left out, with a warning, if an answer of it has no token within `max_len`.
     `ValueError`, with the record's number, for what cannot be read as text, or if no record remains."""
-    return [sides[side] for sides in encode_sides(tok, records, max_len, {*sides_of(records), side})]
+    return [sides[side] for sides in encode_sides(tok, records, max_len, {*sides_of(records), side}, room)]
 
 # %% ../../nbs/2_model/04_text.ipynb #6ab93d54
 @dataclass(frozen=True, eq=False, repr=False)
@@ -185,6 +191,7 @@ def in_batches(tok:PreTrainedTokenizerBase, encoded:Sequence[Encoded], batch_siz
 def batches(tok:PreTrainedTokenizerBase, records:Sequence[dict], side:str,
             batch_size:int=8, # sequences
             max_len:int=512, # tokens
+            room:int|None=None, # positions of the model; None: no limit
            ) -> Iterator[Batch]:
     "One side of the records as batches, in order."
-    yield from in_batches(tok, encode_records(tok, records, side, max_len), batch_size)
+    yield from in_batches(tok, encode_records(tok, records, side, max_len, room), batch_size)

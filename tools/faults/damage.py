@@ -375,8 +375,9 @@ def prepared(family: Family, out: Path, n: int, seed: int) -> tuple[object, Iter
     good = out / "good" / family.name.replace(" ", "-")
     shutil.rmtree(good, ignore_errors=True)
     good.mkdir(parents=True)
-    known = family.make(good)
-    return known, islice(family.spoil(good, random.Random(f"{family.name} {seed}")), n)
+    made = children.run(lambda: family.make(good), LIMIT)
+    assert made.ok, f"{made.error}\n{made.trace}"
+    return made.value, islice(family.spoil(good, random.Random(f"{family.name} {seed}")), n)
 
 
 def tried(family: Family, known: object, out: Path, name: str, mutant: Mutant) -> dict:
