@@ -16,7 +16,7 @@ from modlab import HistoryBake, ModulatedPiSSA, PiSSAHistoryBake, bake_, baked, 
 from modlab.maths.fingerprint import look, print_of, same_look, same_weight
 from modlab.model import changes as ways
 from modlab.model.layers import dense_weight
-from modlab.model.ledger import base_weight, check_unchanged, check_whole, extraction_ids, fingerprint, is_folded, ledger_of
+from modlab.model.ledger import base_weight, check_unchanged, check_whole, extraction_ids, fingerprint, is_folded
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:extractions in force")]
 FORMS = ("extracted", "folded", "both")
