@@ -10,7 +10,6 @@ from .maths.lowrank import LowRank, fold, stack
 from .maths.scores import chance_overlap, choose, overlap, selection_scores, tail_depth
 from .maths.statistics import GradientStats, ProjectionStats
 from .maths.svd import thin_svd
-from .model.changes import restore
 from .model.loading import load_model, load_pairs, tiny_model
 from .model.targets import LoRAConfig, find_targets, target_table
 from .model.text import batches, collate, encode
@@ -20,6 +19,7 @@ from .adapters.history import HistoryBake, PiSSAHistoryBake, bake_, baked
 from .adapters.lora import ModulatedLoRA
 from .adapters.pissa import ModulatedPiSSA
 from .adapters.report import bake_report
+from .adapters.restore import restore
 from .adapters.selection import PiSSAConfig, selection_table, spectrum_table
 from .learn.activations import capture_activations, capture_statistics
 from .learn.contrast import ContrastConfig, ContrastRun, contrast

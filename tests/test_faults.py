@@ -3,7 +3,11 @@ import os
 import signal
 import time
 
-from faults import children, page
+import pytest
+import torch
+from faults import children, lifecycle, memory, page
+
+from modlab.adapters.hooks import gain_at
 
 
 def test_a_child_says_how_it_ended():
@@ -35,3 +39,28 @@ def test_the_page_has_a_section_per_part(tmp_path):
     (tmp_path / page.FIGURES).write_text(page.json.dumps(dict(parts=[result | facts])))
     text = page.text(tmp_path)
     assert "## Memory" in text and "| a\\|b | yes | 1.25 |" in text and "| Memory | 2 | 2 | 1 | 0 | 1 |" in text
+
+
+@pytest.mark.parametrize("arch, kind", [("llama", "pissa-extracted"), ("gpt2", "lora")])
+def test_a_hundred_and_fifty_steps_of_a_lifecycle(arch, kind, one_thread):
+    found = lifecycle.steps(arch, kind, 150, 60.0, number=1)
+    assert not found["trace"], found["trace"]
+    assert found["forwards"] > 50 and found["refused"] > 0
+
+
+def test_the_oracle_sees_a_wrong_dose(monkeypatch, one_thread):
+    "A machine that cannot fail proves nothing."
+    from modlab.adapters import hooks
+    monkeypatch.setattr(hooks, "gain_at", lambda c, slope, offset=None: gain_at(c * 1.01, slope, offset))
+    assert "off" in lifecycle.steps("llama", "lora", 200, 60.0)["trace"]
+
+
+@pytest.mark.parametrize("what", memory.WORK)
+def test_memory_does_not_grow(what, one_thread):
+    found = memory.repeated(memory.WORK[what], 12, 20.0)
+    assert found["done"] == 12 and found["tensors"] <= 0 and found["mib"] < memory.SLACK_MIB
+
+
+def test_a_leak_is_seen(one_thread):
+    kept = []
+    assert memory.repeated(lambda model, tok, a, pairs: kept.append(torch.ones(3)), 12, 20.0)["tensors"] > 5

@@ -131,7 +131,8 @@ def plainly(f, *args): return f(*args)
 
 
 OWN = {"blocks": lambda model, run, h: in_turn(map(part, model.model.layers), run, h),
-       "a part of a block": lambda model, run, h: in_turn([lambda h, m=m: h + run(m.mlp, h) for m in model.model.layers], plainly, h),
+       "a part of a block": lambda model, run, h: in_turn([lambda h, m=m.mlp: h + run(m, h) for m in model.model.layers],
+                                                          plainly, h),
        "many blocks": lambda model, run, h: run(lambda h: in_turn(map(part, model.model.layers), plainly, h), h),
        "one in another": lambda model, run, h: run(lambda h: in_turn(map(part, model.model.layers), run, h), h),
        "the model": lambda model, run, h: run(lambda h: model(inputs_embeds=h).logits, h),

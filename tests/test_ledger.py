@@ -16,7 +16,7 @@ from modlab import HistoryBake, ModulatedPiSSA, PiSSAHistoryBake, bake_, baked, 
 from modlab.maths.fingerprint import look, print_of, same_look, same_weight
 from modlab.model import changes as ways
 from modlab.model.layers import dense_weight
-from modlab.model.ledger import base_weight, check_unchanged, check_whole, extraction_ids, fingerprint, is_folded, ledger_of
+from modlab.model.ledger import base_weight, check_unchanged, check_whole, extraction_ids, fingerprint, is_folded
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:extractions in force")]
 FORMS = ("extracted", "folded", "both")
@@ -395,6 +395,70 @@ def test_an_error_on_the_way_leaves_nothing_changed(what, fails_in, fails_at, mo
     assert not changes(before, model) and not any(map(is_folded, model.modules()))
     with baked(model, [(a, 1.0)]): pass
     assert not changes(before, model)
+
+
+LOST = {"an adapter": lambda model: adapter_of("lora", model)(model, 1.0).__enter__(),
+        "an extracted adapter": lambda model: adapter_of("pissa-extracted", model)(model, 1.0).__enter__(),
+        "a history": lambda model: HistoryBake(model, [(adapter_of("lora", model), 1.0)]),
+        "a history of rounds": lambda model: PiSSAHistoryBake(model, [(adapter_of("pissa-extracted", model), 1.0)]),
+        "a fold": lambda model: changed("folded", model),
+        "both": lambda model: changed("both", model)}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_what_is_lost_is_told_and_ended(lost):
+    "A block that is never left, a history whose variable is gone."
+    model, ids = build(), tokens()
+    before, base = state(model), logits(model, ids)
+    kept = LOST[lost](model) if "fold" in lost or lost == "both" else [LOST[lost](model)] and None
+    gc.collect()
+    if lost in ("an adapter", "a history"):
+        with pytest.warns(UserWarning, match=r"still attached.*restore\(model, force=True\)"): restore(model)
+    else:
+        with pytest.raises(RuntimeError, match=r"restore\(model, force=True\)"): restore(model)
+    restore(model, force=True)
+    assert torch.equal(logits(model, ids), base) and not [c for c in changes(before, model) if not c.startswith("trains")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        restore(model)
+    if kept: kept[0]() # its way out, which is still there, does nothing
+    assert torch.equal(logits(model, ids), base)
+    with adapter_of("lora", model, seed=7)(model, 1.0): assert not torch.equal(logits(model, ids), base)
+
+
+def test_blocks_that_were_ended_by_force_are_left_without_harm():
+    model, ids = build(), tokens()
+    base, a, b = logits(model, ids), adapter_of("lora", model), adapter_of("lora", model, seed=9)
+    with a(model, 1.0):
+        restore(model, force=True)
+        assert not a.attached and torch.equal(logits(model, ids), base)
+        with a(model, 2.0), b(model, 1.0): dosed = logits(model, ids)
+    with a(model, 2.0), b(model, 1.0): assert torch.equal(logits(model, ids), dosed)
+    assert not [c for c in changes(state(build()), model) if "hooks" in c]
+
+
+def test_a_fold_that_finds_its_weight_overwritten_has_a_way_out():
+    model, ids = build(), tokens()
+    base, a = logits(model, ids), adapter_of("lora", model)
+    with pytest.raises(RuntimeError, match=r"up_proj.*restore\(model, force=True\)"):
+        with baked(model, [(a, 1.0)]): model.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
+    restore(model, force=True)
+    assert torch.equal(logits(model, ids), base) and not a.bakes
+    with baked(model, [(a, 1.0)]), adapter_of("lora", model, seed=9)(model, 1.0): pass
+    assert torch.equal(logits(model, ids), base)
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa-extracted", "pissa-unextracted"])
+def test_what_is_folded_for_good_says_so_when_it_acts_again(kind):
+    model = build()
+    a, other = adapter_of(kind, model), adapter_of("lora", model, seed=9)
+    bake_(model, [(a, 1.0)])
+    for again in (lambda: a(model, 1.0), lambda: baked(model, [(a, 1.0)]), lambda: HistoryBake(model, [(a, 1.0)])):
+        with pytest.warns(UserWarning, match=f"{type(a).__name__} .{a.id}. is folded into .* for good already"):
+            with again(): pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with other(model, 1.0): pass
 
 
 # -------------------------------------------------------------------------------------------------------------------- for good

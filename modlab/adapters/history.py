@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, warn_if_baked
 from .hooks import DoseLike, Hooks, LowRankAdder, as_dose, check_model
 from ..maths.lowrank import LowRank, stack
 from ..model.changes import fold_for_good, folded
@@ -102,6 +102,7 @@ def _count(adapters:Iterable[Adapter], n:int) -> None:
 @contextmanager
 def _in_force(total:Mapping[Adapter, float]) -> Iterator[None]:
     "Within the block these adapters are part of a history."
+    for a in total: warn_if_baked(a)
     with ExitStack() as leave:
         for a in total: leave.enter_context(giving_back(a.layers, a.live() or "", snapshot=True))
         leave.callback(_count, total, -1)

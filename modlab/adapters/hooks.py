@@ -116,7 +116,9 @@ class Hooks:
         self.layers, self.adder, self.gate, self.textless = layers, adder, gate, None
         self._reset()
 
-    def _reset(self) -> None: self.attached, self.rows, self._c, self._cells, self._adders = False, Rows(), 0.0, {}, []
+    def _reset(self) -> None:
+        self.attached, self.rows, self._c, self._cells, self._adders = False, Rows(), 0.0, {}, []
+        self.leave = ExitStack() # closing it detaches
     def __getstate__(self) -> dict: return Hooks(self.layers, self.adder, self.gate).__dict__ # a copy is detached
 
     @property
@@ -157,14 +159,16 @@ def _attach(hooks:Hooks, model:nn.Module, c:DoseLike) -> ExitStack:
     _claim(hooks)
     with ExitStack() as leave:
         leave.callback(hooks._reset)
-        hooks._c, hooks.textless = c, unreached(model) & hooks.layers.keys() if hooks.textless is None else hooks.textless
+        hooks._c, hooks.rows.hooks = c, hooks
+        hooks.textless = unreached(model) & hooks.layers.keys() if hooks.textless is None else hooks.textless
         hooks._adders = [hooks.adder(name, layer, hooks) for name, layer in hooks.layers.items()]
         places = _places(model, hooks.rows) + [(a.layer, ADDERS, a) for a in hooks._adders]
         for module, slot, item in places:
             item = guard(item)
             put(module, slot, item)
             leave.callback(take, module, slot, item)
-        return leave.pop_all()
+        hooks.leave = leave.pop_all()
+    return hooks.leave
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #3e4f4e89
 def check_model(adapter:object, model:nn.Module) -> None: # the adapter: whatever has layers

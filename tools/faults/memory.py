@@ -10,8 +10,8 @@ from pathlib import Path
 
 from faults import children
 
-ABOUT = ("Each kind of work is done again and again in a process of its own. It holds if the number of live tensors does not grow "
-         "between the end of the first tenth and the end, and the memory of the process by less than 8 MiB.")
+ABOUT = ("Each kind of work is done again and again in a process of its own. It holds if the number of live tensors does not "
+         "grow between the end of the first tenth and the end, and the memory of the process by less than 8 MiB.")
 COUNTS = {"attach and leave": 1000, "bake and leave": 1000, "stack and remove": 1000, "extract and restore": 1000,
           "kl_curve": 1000, "heal, steps": 500}
 SLACK_MIB = 8.0

@@ -59,7 +59,7 @@ class Block:
 class Oracle:
     "The base, bit for bit, and the twin that computes with it in float64."
     def __init__(self, arch: str):
-        self.model = build(arch)
+        self.model = build(arch, tied=False)
         self.model.requires_grad_(False)
         self.twin = copy.deepcopy(self.model).double()
         self.candidates = {n: [p.detach().clone()] for n, p in self.model.named_parameters()} # of the base, by parameter
