@@ -57,7 +57,7 @@ def _round_id(S:Mapping[str, Tensor], layers:Mapping[str, nn.Module]) -> str:
 def _draw(S:Mapping[str, Tensor], init:tuple[float, float], generator:torch.Generator|None) -> dict[str, Tensor]:
     "`delta_s` for each layer, on the CPU in float32, so that a seed means the same on every device."
     mean, std = init
-    return {name: mean + std * torch.randn(len(s), generator=generator) for name, s in S.items()}
+    return {name: mean + std * torch.randn(len(s), generator=generator, device="cpu") for name, s in S.items()}
 
 # %% ../../nbs/3_adapters/05_pissa.ipynb #196f4c0e
 def _check_lengths(ck:Checkpoint, layers:Mapping[str, nn.Module]) -> None:
@@ -71,7 +71,7 @@ def _check_lengths(ck:Checkpoint, layers:Mapping[str, nn.Module]) -> None:
             raise ValueError(f"{ck.path}: {table} of {name} is {shape}, expected ({n},); save the adapter again")
         for table, t in given.items():
             if not t.isfinite().all(): raise ValueError(f"{ck.path}: {table} of {name} holds numbers that are not finite")
-        idx = given.get("chosen_idx", torch.arange(r))
+        idx = given.get("chosen_idx", torch.arange(r, device="cpu"))
         if idx.is_floating_point() or not (0 <= idx.min() and idx.max() < k and (idx.diff() > 0).all()):
             raise ValueError(f"{ck.path}: chosen_idx of {name} must be ascending whole numbers below {k}; save the adapter again")
 

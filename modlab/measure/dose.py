@@ -9,6 +9,7 @@ __all__ = ['readings', 'compare', 'states_at', 'bar_options', 'check_doses', 'kl
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,7 @@ def readings(readout:Readout, text:Sequence[Batch],
              bar:Mapping, # keywords of tqdm
             ) -> list[_Reading]:
     "Read every batch at the current dose, which should be 0."
-    first = [0, *torch.tensor([len(b.input_ids) for b in text]).cumsum(0).tolist()]
+    first = [0, *accumulate(len(b.input_ids) for b in text)]
     bars = tqdm(text, desc="reference", leave=False, delay=1, **bar)
     return [_Reading(b, answer_ids(b), answer_rows(b) + n, readout.states(b)) for b, n in zip(bars, first)]
 
@@ -49,7 +50,7 @@ _KEYS = ("kl_rev", "kl_fwd", "nll") # per token, in nats
 def compare(readout:Readout, r:_Reading, states:Sequence[Float[Tensor, "n d"]]) -> Float[Tensor, "c 3 n"]:
     "kl_rev, kl_fwd and nll of every token of a reading, for the states at several doses; nats."
     parts = []
-    for rows in torch.arange(len(r.ids)).split(_CHUNK):
+    for rows in torch.arange(len(r.ids), device="cpu").split(_CHUNK):
         base, ids = readout.logits(r.reference[rows]), r.ids[rows].to(r.reference.device)
         logits = (readout.logits(h[rows]) for h in states)
         parts.append(torch.stack([torch.stack([kl_rev(y, base), kl_fwd(y, base), token_nll(y, ids)]) for y in logits]).cpu())
@@ -83,7 +84,7 @@ def _summary(tokens:Float[Tensor, "3 n"]) -> dict[str, float]:
 # %% ../../nbs/5_measure/00_dose.ipynb #10703a47
 def _rejected_nll(adapter:Adapter, readout:Readout, text:Sequence[Batch], cs:Sequence[float]) -> list[float]:
     "Mean NLL of the rejected answers at each dose."
-    total = torch.zeros(len(cs), dtype=torch.float64)
+    total = torch.zeros(len(cs), dtype=torch.float64, device="cpu")
     for b in text:
         states = states_at(adapter, readout, b, cs)
         total += torch.stack([token_nll(readout.logits(h), answer_ids(b).to(h.device)).double().sum() for h in states]).cpu()
