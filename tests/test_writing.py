@@ -2,7 +2,7 @@
 import pandas as pd
 import pytest
 import torch
-from models import ARCHS, KINDS, adapter_of, build, changes, half, hooks, logits, state
+from models import ARCHS, DEVICE, KINDS, adapter_of, build, changes, half, hooks, logits, state
 from tokenizers import Tokenizer
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
@@ -34,7 +34,7 @@ def test_a_text_is_that_of_a_batch_of_its_own(arch):
     table = at(model, tok, adapter, batch_size=4)
     assert table.columns.tolist() == ["prompt", "c", "sample", "text", "n_tokens", "kl"] and len(table) == 9
     for row in table.itertuples():
-        ids = torch.tensor([prompt_ids(tok, row.prompt)])
+        ids = torch.tensor([prompt_ids(tok, row.prompt)], device=DEVICE)
         with adapter(model, row.c):
             out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0)
         new = out[0, ids.shape[1]:]
@@ -60,13 +60,15 @@ def test_nothing_stays_behind(kind, dtype):
 
 
 @pytest.fixture
-def case(tiny): return *tiny, adapter_of("lora", tiny[0])
+def case():
+    model = build()
+    return model, tiny_model()[1], adapter_of("lora", model)
 
 
 def test_an_end_counts_and_ends(case):
     model, tok, adapter = case
     free = at(model, tok, adapter, PROMPTS[:1], [0.0])
-    ids = torch.tensor([prompt_ids(tok, PROMPTS[0])])
+    ids = torch.tensor([prompt_ids(tok, PROMPTS[0])], device=DEVICE)
     third = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] + 2].item()
     cut = at(model, tok, adapter, PROMPTS, [0.0, 1.0], eos_token_id=[third, 1])
     assert cut.n_tokens[0] <= 3 and free.n_tokens[0] == 6 and cut.n_tokens.max() <= 6 and cut.kl.notna().all()

@@ -62,7 +62,7 @@ def _slope(theta:Mapping[str, Tensor], step:Mapping[str, Tensor], name:str) -> F
 def _draw(S:Mapping[str, Tensor], init:tuple[float, float], generator:torch.Generator|None) -> dict[str, Tensor]:
     "`delta_s` for each layer, on the CPU in float32, so that a seed means the same on every device."
     mean, std = init
-    return {name: mean + std * torch.randn(len(s), generator=generator) for name, s in S.items()}
+    return {name: mean + std * torch.randn(len(s), generator=generator, device="cpu") for name, s in S.items()}
 
 # %% ../../nbs/3_adapters/05_pissa.ipynb #8a5b90fb
 def _chosen(model:nn.Module, cfg:PiSSAConfig, X:Mapping|None, after:Sequence) -> dict: # tables
@@ -89,7 +89,7 @@ def _check_lengths(ck:Checkpoint, layers:Mapping[str, nn.Module]) -> None:
             if not t.isfinite().all(): raise ValueError(f"{ck.path}: {table} of {name} holds numbers that are not finite")
         if "step" in given and not (given["step"] > 0).all():
             raise ValueError(f"{ck.path}: step of {name} holds numbers that are not positive; save the adapter again")
-        idx = given.get("chosen_idx", torch.arange(r))
+        idx = given.get("chosen_idx", torch.arange(r, device="cpu"))
         if idx.is_floating_point() or not (0 <= idx.min() and idx.max() < k and (idx.diff() > 0).all()):
             raise ValueError(f"{ck.path}: chosen_idx of {name} must be ascending whole numbers below {k}; save the adapter again")
 

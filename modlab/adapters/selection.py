@@ -191,7 +191,7 @@ def spectrum_table(adapter:Adapter, names:Sequence[str]|None=None) -> pd.DataFra
     score = getattr(score, "__name__", score)
     for name, columns in rows.items():
         S = adapter.spectrum[name].float().cpu()
-        chosen = torch.zeros(len(S), dtype=torch.bool).index_fill(0, adapter.chosen_idx[name], True)
+        chosen = torch.zeros(len(S), dtype=torch.bool, device="cpu").index_fill(0, adapter.chosen_idx[name], True)
         parts.append(pd.DataFrame(columns | dict(index=range(len(S)), S=S, chosen=chosen, mode=score)))
     return pd.concat(parts, ignore_index=True).astype({"layer": "Int64"})
 

@@ -54,7 +54,7 @@ def rows_of(pairs:Sequence[Pair]) -> list[Encoded]: # all chosen, then all rejec
 def _four_rows(pairs:Sequence[Pair], C:float, pad:int) -> tuple[Batch, Float[Tensor, "b"]]: # (batch, its doses)
     "Chosen and rejected at `+C`, then at `-C`: four rows per pair."
     rows = rows_of(pairs)
-    return collate(rows * 2, pad), torch.tensor([C, -C]).repeat_interleave(len(rows))
+    return collate(rows * 2, pad), torch.tensor([C, -C], device="cpu").repeat_interleave(len(rows))
 
 def row_nll(readout:Readout, batch:Batch) -> Float[Tensor, "b"]:
     "Mean NLL of each row's answer at the current dose, in nats per token."

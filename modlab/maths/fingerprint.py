@@ -18,7 +18,7 @@ from torch import Tensor
 # %% ../../nbs/1_maths/04_fingerprint.ipynb #35991695
 _SAMPLE = 256 # values at most
 
-def _positions(n:int) -> Tensor: return torch.linspace(0, n - 1, min(_SAMPLE, n), dtype=torch.float64).long()
+def _positions(n:int) -> Tensor: return torch.linspace(0, n - 1, min(_SAMPLE, n), dtype=torch.float64, device="cpu").long()
 
 @lru_cache(256)
 def _places(o:int, i:int, device:torch.device) -> tuple[Tensor, Tensor]: # rows, columns
@@ -39,7 +39,7 @@ def print_of(W:Float[Tensor, "o i"]) -> dict: # {shape: [o, i], sample: numbers}
 def same_weight(a:Mapping, b:Mapping) -> bool: # prints
     "Are two prints those of one weight, up to the float dtype? No if a sample is not finite or has the wrong length."
     if list(a["shape"]) != list(b["shape"]): return False
-    x, y = torch.tensor(a["sample"]), torch.tensor(b["sample"])
+    x, y = (torch.tensor(side["sample"], device="cpu") for side in (a, b))
     if not len(x) == len(y) == len(_positions(a["shape"][0] * a["shape"][1])): return False
     near = (x - y).abs() <= 2**-7 * torch.maximum(x.abs(), y.abs()) + 2**-24
     return bool((near & x.isfinite() & y.isfinite()).all())
@@ -88,7 +88,7 @@ def same_look(then:Sequence[float], # a look
               dtype:torch.dtype, # that the matrix had then
              ) -> bool:
     "Does `W` look as it did, up to the rounding of a cast if there was one?"
-    was, now = torch.tensor(then, dtype=torch.float64), torch.tensor(look(W), dtype=torch.float64)
+    was, now = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (then, look(W)))
     relative, absolute, of_norm = (2**-7, 2**-24, 2**-7) if _was_cast(W, dtype) else (0.0, 0.0, 2**-18)
     sums = (now - was)[:2].abs() <= of_norm * W.float().norm().item()
     sample = (now - was)[2:].abs() <= relative * torch.maximum(was.abs(), now.abs())[2:] + absolute

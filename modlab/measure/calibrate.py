@@ -63,16 +63,16 @@ class Calibration:
 def _bootstrap(kl:Float[Tensor, "n"], record:Int[Tensor, "n"], stat:str, draws:int=500) -> tuple[float, float]:
     "The 95 % interval of an aggregate when whole records are drawn anew."
     g, parts = torch.Generator().manual_seed(0), [kl[record == n] for n in record.unique()]
-    drawn = [aggregate(torch.cat([parts[i] for i in torch.randint(len(parts), (len(parts),), generator=g)]), stat)
-             for _ in range(draws)]
-    low, high = torch.stack(drawn).quantile(torch.tensor([0.025, 0.975], dtype=kl.dtype)).tolist()
+    draw = lambda: torch.randint(len(parts), (len(parts),), generator=g, device="cpu")
+    drawn = [aggregate(torch.cat([parts[i] for i in draw()]), stat) for _ in range(draws)]
+    low, high = torch.stack(drawn).quantile(kl.new_tensor([0.025, 0.975])).tolist()
     return low, high
 
 def _split(records:Sequence, held_out:Sequence|None) -> tuple[list, list]:
     "The records to fit on and the ones to check on. Without `held_out`: random halves, the same on every call."
     if held_out is not None: return list(records), list(held_out)
     if len(records) < 2: raise ValueError(f"{len(records)} records cannot be split; give at least two, or held_out=")
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0), device="cpu").tolist()
     return [records[n] for n in order[::2]], [records[n] for n in order[1::2]]
 
 def _check_budget(target_kl:float, stat:str, sign:int, bracket:Sequence, tol:float) -> None:

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import pandas as pd
@@ -41,7 +42,7 @@ def readings(readout:Readout, text:Sequence[Batch],
              bar:Mapping, # keywords of tqdm
             ) -> list[_Reading]:
     "Read every batch at the current dose, which should be 0."
-    first = [0, *torch.tensor([len(b.input_ids) for b in text]).cumsum(0).tolist()]
+    first = [0, *accumulate(len(b.input_ids) for b in text)]
     bars = tqdm(text, desc="reference", leave=False, delay=1, **bar)
     return [_Reading(b, answer_ids(b), answer_rows(b) + n, readout.states(b)) for b, n in zip(bars, first)]
 
@@ -128,7 +129,7 @@ def _nll(readout:Readout, h:Float[Tensor, "n d"], ids:Int[Tensor, "n"]) -> Float
 
 def _rejected_nll(adapter:Adapter, readout:Readout, text:Sequence[Batch], cs:Sequence[float]) -> list[float]:
     "Mean NLL of the rejected answers at each dose."
-    total = torch.zeros(len(cs), dtype=torch.float64)
+    total = torch.zeros(len(cs), dtype=torch.float64, device="cpu")
     for b in text: total += torch.stack([_nll(readout, h, answer_ids(b)) for h in states_at(adapter, readout, b, cs)]).cpu()
     return (total / sum(len(answer_ids(b)) for b in text)).tolist()
 

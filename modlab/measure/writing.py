@@ -56,15 +56,15 @@ def _rows(model:nn.Module, tok:PreTrainedTokenizerBase, prompts:Sequence[Prompt]
     tokens = [_ids(tok, prompt, n, most) for n, prompt in enumerate(prompts)]
     return [_Row(prompt, ids, c, k) for prompt, ids in zip(prompts, tokens) for c in cs for k in range(samples)]
 
-# %% ../../nbs/5_measure/02_writing.ipynb #09d1d510
+# %% ../../nbs/5_measure/02_writing.ipynb #7aa34821
 def _padded(rows:Sequence[_Row], pad_id:int, device:torch.device) -> dict[str, Int[Tensor, "b s"]]:
     "The prompts of a batch as the model takes them."
     longest = max(len(row.ids) for row in rows)
-    ids = torch.tensor([[pad_id] * (longest - len(row.ids)) + row.ids for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows])
-    return dict(input_ids=ids.to(device), attention_mask=mask.to(device))
+    ids = torch.tensor([[pad_id] * (longest - len(row.ids)) + row.ids for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows], device=device)
+    return dict(input_ids=ids, attention_mask=mask)
 
-# %% ../../nbs/5_measure/02_writing.ipynb #65a58158
+# %% ../../nbs/5_measure/02_writing.ipynb #0bf75624
 class _Draw(LogitsProcessor):
     "Leaves only the token that each row's next number points to."
     def __init__(self, uniform:Float64[Tensor, "b new"], n_prompt:int, temperature:float):
@@ -79,7 +79,7 @@ class _Draw(LogitsProcessor):
 def _numbers(rows:Sequence[_Row], new:int, seed:int) -> Float64[Tensor, "b new"]:
     "Numbers between 0 and 1 for each row: the same for the same prompt, sample and seed."
     streams = [random.Random(f"{seed} {row.sample} {row.ids}") for row in rows]
-    return torch.tensor([[stream.random() for _ in range(new)] for stream in streams], dtype=torch.float64)
+    return torch.tensor([[stream.random() for _ in range(new)] for stream in streams], dtype=torch.float64, device="cpu")
 
 # %% ../../nbs/5_measure/02_writing.ipynb #ffd3b592
 _OURS = {"do_sample", "num_beams", "num_return_sequences", "top_k", "top_p", "input_ids", "inputs", "attention_mask",
@@ -144,7 +144,7 @@ def _check(cs:Sequence[float], samples:int, temperature:float, new:int, options:
         raise ValueError(f"generate_at decides {', '.join(clash)} itself; it has temperature, samples and seed")
     return check_doses(cs)
 
-# %% ../../nbs/5_measure/02_writing.ipynb #6bf59e60
+# %% ../../nbs/5_measure/02_writing.ipynb #245c0ba5
 @torch.no_grad()
 def generate_at(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # detached
                 prompts:Iterable, # texts, or lists of chat messages
@@ -168,7 +168,7 @@ def generate_at(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, #
     with evaluating(model), adapter(model, 0.0):
         readout = Readout(model, _probe(tok, parts[0]), [adapter])
         for part in tqdm(parts, desc="texts", leave=False, delay=1, **bar_options(progress)):
-            doses = torch.tensor([row.c for row in part])
+            doses = torch.tensor([row.c for row in part], device="cpu")
             adapter.set_coeff(doses)
             table += _described(adapter, readout, tok, part, doses, writer.write(part))
     return pd.DataFrame(table)

@@ -46,7 +46,7 @@ def _key(W:Tensor) -> str:
 # %% ../../nbs/2_model/07_cache.ipynb #ef0f2c60
 def _packed(key:str, svd:SVD) -> bytes:
     "The content of a file."
-    digest = torch.tensor(list(_digest(key, svd)), dtype=torch.uint8)
+    digest = torch.tensor(list(_digest(key, svd)), dtype=torch.uint8, device="cpu")
     return save(dict(zip(("U", "S", "Vh"), (T.contiguous() for T in svd))) | {"digest": digest})
 
 def _unpacked(key:str, data:bytes, shape:Sequence[int]) -> SVD:

@@ -175,9 +175,9 @@ def collate(encoded:Sequence[Encoded], # (ids, n_prompt) as `encode` gives them
            ) -> Batch:
     "Pad on the right to the longest."
     longest = max(len(ids) for ids, _ in encoded)
-    position = torch.arange(longest)
-    length, border = (torch.tensor(column)[:, None] for column in zip(*[(len(ids), n) for ids, n in encoded]))
-    padded = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids, _ in encoded])
+    position = torch.arange(longest, device="cpu")
+    length, border = (torch.tensor(column, device="cpu")[:, None] for column in zip(*[(len(ids), n) for ids, n in encoded]))
+    padded = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids, _ in encoded], device="cpu")
     return Batch(padded, (position < length).long(), (position >= border) & (position < length))
 
 # %% ../../nbs/2_model/04_text.ipynb #e1db9dbc
