@@ -2,7 +2,7 @@
 import torch
 from pairs import bytes_per_second, row
 from peers import device, linears, peft, shared_copy
-from rows_forward import filled
+from rows_forward import filled, under
 from transformers import StaticCache
 
 from modlab import ModulatedLoRA
@@ -21,12 +21,6 @@ def generating(model, ids):
     return run
 
 
-def under(adapter, model, run, c=1.0):
-    def steered():
-        with adapter(model, c): run()
-    return steered
-
-
 def least(model, r: int) -> float:
     "Seconds in which the factors are read once per token."
     size = next(model.parameters()).element_size()
@@ -43,12 +37,11 @@ def rows(model, tok, rounds: int = 5) -> list[dict]:
 
 
 def eager_rows(model, tok, lora, b: int, reach: float, rounds: int) -> list[dict]:
-    run, text, extra = generating(model, prompt(model, tok, b)), f"generate {NEW}, {b} prompt{'s' * (b > 1)}", least(model, 32)
-    steered, limit = under(lora, model, run), lambda base: base + extra
-    made = [row(text, "base", steered, run, rounds, limit, reach, True)]
-    by_row = under(lora, model, run, torch.ones(b))
-    if b > 1: return [*made, row(f"{text}, one c a row", "base", by_row, run, rounds, limit, None, True)]
-    return [*made, row(text, "PEFT", steered, generating(peft(model, 32, share=True), prompt(model, tok, b)), rounds)]
+    ids, text, extra = prompt(model, tok, b), f"generate {NEW}, {b} prompt{'s' * (b > 1)}", least(model, 32)
+    ours, base, limit = generating(model, ids), generating(shared_copy(model), ids), lambda base: base + extra
+    made = [under(model, lora, 1.0, text, "base", ours, base, rounds, limit, reach, True)]
+    if b == 1: return [*made, under(model, lora, 1.0, text, "PEFT", ours, generating(peft(model, 32, share=True), ids), rounds)]
+    return [*made, under(model, lora, torch.ones(b), f"{text}, one c a row", "base", ours, base, rounds, limit, None, True)]
 
 
 def step_of(model, ids, length: int = 128):

@@ -1,7 +1,7 @@
 """A forward under an adapter, beside the bare model and beside PEFT."""
 import torch
 from pairs import bytes_per_second, flops_per_second, row, seconds
-from peers import added_bytes, added_flops, device, peft
+from peers import added_bytes, added_flops, device, peft, shared_copy
 
 from modlab import ModulatedLoRA
 
@@ -22,10 +22,9 @@ def least(model, r: int, tokens: int) -> float:
     return max(by_flops, added_bytes(model, r, tokens) / bytes_per_second(where, 2**30)) if big else by_flops
 
 
-def under(model, adapter, ids, c):
-    def run():
-        with adapter(model, c=c): model.base_model(ids, use_cache=False)
-    return run
+def under(model, adapter, c, *args, **kw) -> dict:
+    "A row that is measured while an adapter is attached at one dose; the peer is a model of its own."
+    with adapter(model, c): return row(*args, **kw)
 
 
 @torch.no_grad()
@@ -33,25 +32,23 @@ def rows(model, tok, rounds: int = 5) -> list[dict]:
     where = device(model)
     b, s = SHAPE["cpu" if where.type == "cpu" else "cuda"] if model.config.hidden_size > 64 else (2, 8)
     ids = torch.randint(len(tok), (b, s), generator=torch.Generator().manual_seed(0)).to(where)
-    bare, text = lambda: model.base_model(ids, use_cache=False), f"forward {b} x {s}"
-    return narrow(model, ids, text, bare, rounds) + wide(model, ids, text, bare, rounds)
+    run = lambda m: lambda: m.base_model(ids, use_cache=False)
+    return [*narrow(model, ids, run, rounds), *wide(model, ids, run, rounds)]
 
 
-def narrow(model, ids, text, bare, rounds: int) -> list[dict]:
+def narrow(model, ids, run, rounds: int) -> list[dict]:
     lora, extra, other = filled(ModulatedLoRA(model, r=32)), least(model, 32, ids.numel()), peft(model, 32, share=True)
-    limit = lambda base: base + extra
-    one, each = under(model, lora, ids, 1.0), under(model, lora, ids, torch.ones(len(ids)))
-    theirs = lambda: other.base_model.model.model(ids, use_cache=False)
-    return [row(f"{text}, LoRA r = 32", "base", one, bare, rounds, limit, 1.10, True),
-            row(f"{text}, LoRA r = 32, one c a row", "base", each, bare, rounds, limit, 1.12, True),
-            row(f"{text}, LoRA r = 32", "PEFT", one, theirs, rounds)]
+    text, limit = "forward {} x {}, LoRA r = 32".format(*ids.shape), lambda base: base + extra
+    ours, base, theirs = run(model), run(shared_copy(model)), run(other.base_model.model)
+    return [under(model, lora, 1.0, text, "base", ours, base, rounds, limit, 1.10, True),
+            under(model, lora, torch.ones(len(ids)), f"{text}, one c a row", "base", ours, base, rounds, limit, 1.12, True),
+            under(model, lora, 1.0, text, "PEFT", ours, theirs, rounds)]
 
 
-def wide(model, ids, text, bare, rounds: int) -> list[dict]:
+def wide(model, ids, run, rounds: int) -> list[dict]:
     "Rank 256. The directions are random: a forward does not depend on them, and a large model would be decomposed for minutes."
-    lora, other = filled(ModulatedLoRA(model, r=256)), peft(model, 256, share=True)
-    base = min(seconds(bare) for _ in range(3))
-    limit, gpu = base + least(model, 256, ids.numel()), ids.device.type != "cpu"
-    ours, theirs = under(model, lora, ids, 1.0), lambda: other.base_model.model.model(ids, use_cache=False)
-    return [row(f"{text}, r = 256", "PEFT r = 256", ours, theirs, rounds, limit, 1.4 if gpu else 1.1),
-            row(f"{text}, r = 256", "base", ours, bare, rounds, limit, 1.1 * limit / base, True)]
+    lora, extra, other = filled(ModulatedLoRA(model, r=256)), least(model, 256, ids.numel()), peft(model, 256, share=True)
+    text, ours, base, gpu = "forward {} x {}, r = 256".format(*ids.shape), run(model), run(shared_copy(model)), ids.is_cuda
+    limit = min(seconds(base) for _ in range(3)) + extra
+    return [under(model, lora, 1.0, text, "PEFT r = 256", ours, run(other.base_model.model), rounds, limit, 1.4 if gpu else 1.1),
+            under(model, lora, 1.0, text, "base", ours, base, rounds, limit, 1.1 * limit / (limit - extra), True)]
