@@ -77,6 +77,7 @@ ARMS = {
 }
 CORE = ("random", "wanda", "grad_fisher", "random 1/√F", "grad_fisher 1/√F")
 WITNESSES = ("lora 5376", "lora r=16", "steering", "prompt")
+MAIN = tuple(a for a in CORE + WITNESSES if a != "prompt")
 WIDE = tuple(a for a in ARMS if a not in CORE + WITNESSES)
 PISSA_RATES, LORA_RATES, BLOCKS = (0.03, 0.1, 0.3, 1.0, 3.0), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (8, 12, 16, 20, 24)
 LORA16_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -382,7 +383,8 @@ def run_overlap(model:str, axis:str, score:str) -> dict:
 # ---- tiers ----
 
 def rates(arm:str) -> tuple:
-    return {"lora 5376": LORA_RATES, "lora r=16": LORA16_RATES, "steering": BLOCKS}.get(arm, PISSA_RATES)
+    known = {"lora 5376": LORA_RATES, "lora r=16": LORA16_RATES, "steering": BLOCKS}
+    return known.get(arm, PISSA_RATES if arm in CORE else PISSA_RATES[1:4])
 
 def setting(model:str, axis:str, arm:str, lr:float, seed:int, **other) -> dict:
     n = size(model)
@@ -412,7 +414,7 @@ def beyond(table:pd.DataFrame) -> list[tuple]: # (arm, rate) that are next to a 
 class Plan:
     "Runs tier after tier into one folder, as long as there is time."
     def __init__(self, model:str, folder:Path, jobs:int):
-        self.model, self.folder, self.jobs, self.tuned = model, folder, jobs, []
+        self.model, self.folder, self.jobs, self.tuned = model, folder, jobs, []  # tuned: settings of runs that choose a rate
 
     def go(self, f, settings:list[dict]) -> pd.DataFrame:
         start = time.time()
@@ -424,12 +426,13 @@ class Plan:
 
     def tune(self, arms) -> pd.Series:
         "The best rate of each arm; where it lies at the edge, the grid goes on (twice at most)."
-        self.tuned += tuning(self.model, arms)
+        self.tuned += [s for s in tuning(self.model, arms) if s not in self.tuned]
         table = self.go(run, self.tuned)
         for _ in range(2):
             axes = dict.fromkeys(s["axis"] for s in self.tuned)
             edges = beyond(table[table.error.isna()])
             more = [setting(self.model, axis, arm, lr, TUNING_SEED, on="held_back") for arm, lr in edges for axis in axes]
+            more = [s for s in more if s not in self.tuned]
             if not more: break
             self.tuned += more
             table = self.go(run, self.tuned)
@@ -443,16 +446,17 @@ class Plan:
 
     def witnesses(self) -> None:
         self.go(run_prompt, [dict(model=self.model, axis=axis, on=on) for axis in AXES for on in ("held_back", "test")])
-        self.seeds(WITNESSES[:3], self.tune(WITNESSES[:3]))
+        trained = [arm for arm in WITNESSES if arm != "prompt"]
+        self.seeds(trained, self.tune(trained))
 
-    def held_out(self) -> None: self.seeds(CORE + WITNESSES[:3], self.tune([]), [LAST_AXIS])
+    def held_out(self) -> None: self.seeds(MAIN, self.tune(MAIN), [LAST_AXIS])
     def wide(self) -> None:
         best = self.tune(WIDE)
         self.seeds(WIDE, best)
 
     def curve(self) -> None:
         "Effect against steps, on held-back pairs, and against the number of directions."
-        best, arms = self.tune([]), ("random", "grad_fisher", "grad_fisher 1/√F", "lora 5376", "lora r=16")
+        best, arms = self.tune(MAIN), ("random", "grad_fisher", "grad_fisher 1/√F", "lora 5376", "lora r=16")
         self.go(run, [setting(self.model, axis, arm, best[arm], TUNING_SEED, epochs=e, on="held_back")
                       for e in (1, 4, 8) for axis in CHOICE_AXES[:1] for arm in arms if arm in best])
         self.go(run, [setting(self.model, axis, arm, best[arm], 0, r=r) for r in (1, 4, 16, 256) for axis in CHOICE_AXES
@@ -462,19 +466,19 @@ class Plan:
         own = self.go(run_prompt, [dict(model=self.model, axis=axis, on="held_back") for axis in CHOICE_AXES]).set_index("axis")
         for axis in CHOICE_AXES:
             cost = round(float(own.loc[axis, ["kl_plus", "kl_minus"]].mean()), 4)
-            self.seeds(CORE + WITNESSES[:3], self.tune([]), [axis], SEEDS[:2], budgets=[0.05, 0.5, cost])
+            self.seeds(MAIN, self.tune(MAIN), [axis], SEEDS[:2], budgets=[0.05, 0.5, cost])
 
     def stable(self) -> None:
-        best = self.tune([])
+        best = self.tune(MAIN)
         pairs = [(axis, score) for axis in CHOICE_AXES for score in ("grad_fisher", "wanda")]
         self.go(run_overlap, [dict(model=self.model, axis=axis, score=score) for axis, score in pairs])
         for axis, other in (CHOICE_AXES, CHOICE_AXES[::-1]): self.seeds(["grad_fisher"], best, [axis], chosen_on=other)
         pairs = [(axis, arm) for axis in CHOICE_AXES for arm in ("grad_fisher", "random")]
         self.go(run_where, [dict(model=self.model, axis=axis, arm=arm, lr=best[arm], seed=0) for axis, arm in pairs])
 
-    def more_seeds(self) -> None: self.seeds(CORE + WITNESSES[:3], self.tune([]), CHOICE_AXES, (3, 4))
+    def more_seeds(self) -> None: self.seeds(MAIN, self.tune(MAIN), CHOICE_AXES, (3, 4))
 
-TIERS = ("core", "witnesses", "held_out", "wide", "curve", "stable", "price", "more_seeds")
+TIERS = ("core", "witnesses", "held_out", "curve", "stable", "wide", "price", "more_seeds")
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
