@@ -195,7 +195,7 @@ class Shift(Adder):
 class Steering(Adapter):
     "`c` times a vector, added to the output of a block."
     def __init__(self, block, vector):
-        self.vector, self.layers = vector, {"block": block}
+        self.vector, self.layers, self.id = vector, {"block": block}, "steering"
         self.hooks = Hooks(self.layers, lambda name, layer, hooks: Shift(name, layer, hooks, vector))
 
 @torch.no_grad()
