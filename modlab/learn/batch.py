@@ -70,7 +70,9 @@ def together(act:Callable[[], object], world:int) -> None:
     if messages: raise OSError(messages[0])
 
 # %% ../../nbs/4_learn/04_batch.ipynb #286c21d6
-def norm(gradient:Gradient) -> float: return math.hypot(*(g.norm().item() for g in gradient))
+def norm(gradient:Gradient) -> float: # one wait for the device, not one per parameter
+    parts = torch._foreach_norm(gradient)
+    return math.hypot(*torch.stack([n.double().to(parts[0].device) for n in parts]).tolist())
 
 def added(parts:list[Gradient]) -> Gradient:
     for part in parts[1:]: torch._foreach_add_(parts[0], part)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 # %% ../../nbs/2_model/12_copies.ipynb #6d7be454
@@ -129,13 +130,17 @@ class FastMap:
         self.rank, self.wide = len(down), torch.promote_types(slope.dtype, torch.float32)
         self.known = down.dtype == up.dtype and not any(t.is_inference() or t.grad_fn is not None for t in self.factors)
 
+    def narrows(self, x:Tensor, y:Tensor) -> bool:
+        "Is bfloat16 right for this input and output, without copies if need be?"
+        if not x.dtype == y.dtype == torch.bfloat16 or _wants_gradient(x, y, *self.factors): return False
+        return self.down.dtype == torch.float32 == self.up.dtype and self.offset is None and _narrows(x.device)
+
     def serves(self, x:Tensor, y:Tensor) -> bool:
         "May this input and output be served from copies?"
         if not self.known or torch.compiler.is_compiling() or _wants_gradient(x, y, *self.factors): return False
         if not (_is_plain(x) and _is_plain(y) and x.dtype == y.dtype) or torch._C._are_functorch_transforms_active(): return False
         if self.place is not None and self.place[0].dtype != x.dtype: return False
-        narrow = x.dtype == torch.bfloat16 and self.down.dtype == torch.float32 and self.offset is None and _narrows(x.device)
-        return narrow or x.dtype == self.down.dtype
+        return x.dtype == self.down.dtype or self.narrows(x, y)
 
     def add(self, x:Float[Tensor, "*batch i"], y:Float[Tensor, "*batch o"],
             c:Tensor, # the dose: a tensor without axes, or (b,)
@@ -146,6 +151,12 @@ class FastMap:
             return _put(y, _gained(torch.mm(x.reshape(-1, x.shape[-1]), self.down.T), self.gain(c)), self.up.T, fresh)
         stack, n = self.place or self.inputs.join(self, x)
         return _put(y, _features(stack, n, x, c), stack.upT[n], fresh)
+
+    def narrow(self, x:Float[Tensor, "*batch i"], y:Float[Tensor, "*batch o"], c:Tensor) -> Float[Tensor, "*batch o"]:
+        "The same in bfloat16 from the factors themselves: a compiled graph takes this way, since it could not notice a change."
+        h, gain = linear(x, self.down.to(x.dtype)), self.gain(c)
+        h = h * gain if gain.ndim == 1 else (h.reshape(len(gain), -1, self.rank) * gain[:, None]).reshape(h.shape)
+        return y + linear(h.to(x.dtype), self.up.to(x.dtype))
 
     def gain(self, c:Tensor) -> Tensor: # (r,) or (b, r)
         gain = c[..., None] * self.slope.to(self.wide)
