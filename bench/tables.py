@@ -37,11 +37,14 @@ def names() -> list[str]: return sorted(p.stem for p in HERE.glob("rows_*.py"))
 
 
 def measured(module: str, *args, **kw) -> list[dict]:
-    "The rows of one file; one row that says what went wrong, where something did."
-    try: return importlib.import_module(module).rows(*args, **kw)
+    "The rows of one file; where something goes wrong, those before it and a row that says what."
+    made = []
+    try:
+        for row in importlib.import_module(module).rows(*args, **kw): made.append(row)
     except Exception as e:
         traceback.print_exc()
-        return [dict(what=module, error=f"{type(e).__name__}: {e}"[:500])]
+        made.append(dict(what=module, error=f"{type(e).__name__}: {e}"[:500]))
+    return made
 
 
 def shown(rows: list[dict]) -> str:

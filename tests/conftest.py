@@ -1,6 +1,9 @@
 """Under test, every function of modlab checks its shapes and types; and fixtures for the tiny model."""
 import os
 import sys
+from importlib.util import find_spec
+
+if "MODLAB_TEST_DEVICE" not in os.environ: os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine
 
 import pytest
 import torch
@@ -13,7 +16,13 @@ os.environ.setdefault("MODLAB_SVD_CACHE", "0")  # tests leave nothing behind
 os.environ["MODLAB_SVD_CACHE"] = "0"  # what an earlier run computed must not stand in for what this one should
 
 assert "modlab" not in sys.modules, "modlab was imported before the hook that checks its types"
-install_import_hook("modlab", "checked.beartype")
+CHECKED = find_spec("beartype") is not None
+if CHECKED: install_import_hook("modlab", "checked.beartype")
+
+
+def pytest_report_header() -> str:
+    types = "types are checked" if CHECKED else "types are NOT checked, since beartype is missing"
+    return f"modlab: on {os.environ.get('MODLAB_TEST_DEVICE', 'cpu')}, {types}"
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
 """Tiny random models of many architectures, adapters on them that do something, and a way to see what changed."""
+import os
+
 import torch
 from transformers import (
     Gemma3Config,
@@ -31,6 +33,7 @@ from modlab.model.calls import _SLOTS, is_swapped
 from modlab.model.ledger import extraction_ids
 from modlab.model.loading import tiny_model
 
+DEVICE = torch.device(os.environ.get("MODLAB_TEST_DEVICE", "cpu"))  # of every model and every token here
 IDS = dict(vocab_size=96, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 # Wide initialisers: with the usual 0.02 a width of 32 gives logits so small that nothing could be told apart.
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, initializer_range=0.2)
@@ -67,7 +70,7 @@ KINDS = ("lora", "pissa-extracted", "pissa-unextracted")
 
 def build(arch="llama", dtype=torch.float32, seed=0, tied=None, experts="batched_mm"):
     "A model in eval mode; the same weights for the same arguments. Its embeddings are tied as is usual for it, or as told."
-    if arch == "llama" and tied is None: return tiny_model(seed)[0].to(dtype)
+    if arch == "llama" and tied is None: return tiny_model(seed)[0].to(DEVICE, dtype)
     cls, cfg = CONFIGS[arch] if arch != "llama" else (LlamaForCausalLM, tiny_model(seed)[0].config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -77,13 +80,13 @@ def build(arch="llama", dtype=torch.float32, seed=0, tied=None, experts="batched
     # As they come, experts multiply all tokens routed to them at once, and how many there are decides how sums are rounded: a
     # row's logits then depend on its neighbours, in the last bits. This way each token goes by itself.
     if hasattr(cfg, "num_experts_per_tok"): model.set_experts_implementation(experts)
-    return model.eval().to(dtype)
+    return model.eval().to(DEVICE, dtype)
 
 
 def seeded(seed): return torch.Generator().manual_seed(seed)
 
 
-def tokens(b=3, s=7, seed=1): return torch.randint(3, 96, (b, s), generator=seeded(seed))
+def tokens(b=3, s=7, seed=1): return torch.randint(3, 96, (b, s), generator=seeded(seed)).to(DEVICE)
 
 
 def adapter_of(kind, model, seed=2, **kw):
@@ -93,7 +96,7 @@ def adapter_of(kind, model, seed=2, **kw):
         return ModulatedPiSSA(model, **dict(selection_score="s_only", init=(0.3, 0.5), extract=kind == "pissa-extracted") | kw)
     a, g = ModulatedLoRA(model, **kw), seeded(seed + 1)
     with torch.no_grad():
-        for B in a.B.values(): B.copy_(torch.randn(B.shape, generator=g) * 0.1)
+        for B in a.B.values(): B.copy_(torch.randn(B.shape, generator=g) * 0.1)  # drawn on the CPU: the same on every device
     return a
 
 

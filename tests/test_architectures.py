@@ -280,7 +280,7 @@ def test_the_soft_cap_holds_at_any_dose(kind):
 
 
 VISION_BLOCK = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
-LET_THROUGH = ("lm_head",)
+SEEING = dict(targets=("all-linear", "vision_tower"), exclude=("lm_head",)) # with the layers of the image tower
 
 
 def test_the_vision_tower_is_left_out_by_default():
@@ -290,8 +290,10 @@ def test_the_vision_tower_is_left_out_by_default():
     vision = [f"model.vision_tower.encoder.layers.{n}.{layer}" for n in range(5) for layer in VISION_BLOCK]
     assert list(table.index) == [*vision, *expected("gemma3_vision"), "lm_head"] and len(vision) == 30
     assert (table.reason[vision] == "excluded by 'vision_tower'").all() and table.selected.sum() == 14
-    for exclude in (LET_THROUGH, ()):
-        assert list(find_targets(model, LoRAConfig(exclude=exclude))) == [*vision, *expected("gemma3_vision")]
+    by_structure = target_table(model, LoRAConfig(exclude="lm_head")).set_index("name")
+    assert by_structure.reason[vision].str.startswith("no text token passes through it; name it").all()
+    assert list(find_targets(model, LoRAConfig(exclude=()))) == list(expected("gemma3_vision"))
+    assert list(find_targets(model, LoRAConfig(**SEEING))) == [*vision, *expected("gemma3_vision")]
 
 
 @pytest.mark.parametrize("layer_range, text, vision", [
@@ -301,7 +303,7 @@ def test_each_stack_counts_its_own_blocks(layer_range, text, vision):
     model = build("gemma3_vision")
     written = {"text": [f"model.language_model.layers.{n}.{layer}" for n in text for layer in ATTENTION | GATED],
                "vision": [f"model.vision_tower.encoder.layers.{n}.{layer}" for n in vision for layer in VISION_BLOCK]}
-    both = find_targets(model, LoRAConfig(exclude=LET_THROUGH, layer_range=layer_range))
+    both = find_targets(model, LoRAConfig(layer_range=layer_range, **SEEING))
     assert list(both) == [*written["vision"], *written["text"]]
     if not text:
         with pytest.raises(ValueError, match="outside layer_range"): find_targets(model, LoRAConfig(layer_range=layer_range))
@@ -339,7 +341,7 @@ def test_vision_layers_take_one_c_for_all(kind):
 def test_images_get_the_c_of_their_row_or_none(images):
     "As many images as rows need not be one a row; and 3 images of 16 patches are as many as 2 rows of 24 tokens."
     model = build("gemma3_vision")
-    a = adapter_of("lora", model, exclude=LET_THROUGH)
+    a = adapter_of("lora", model, **SEEING)
     right_or_refused(model, a, lambda: see(model, images), C[:len(images)])
 
 

@@ -29,6 +29,13 @@ def ill_conditioned(o, i):
     return left * torch.logspace(0, -9, k, dtype=F64) @ right.T
 
 
+@pytest.fixture(autouse=True)
+def no_memory(monkeypatch):
+    "Every call starts as in a new process: what is in memory hides what is on the disk."
+    cache._MEMORY.clear()
+    monkeypatch.setattr(cache, "_forget", lambda limit: cache._MEMORY.clear())
+
+
 @pytest.fixture
 def on(tmp_path, monkeypatch):
     "The cache is on, in a folder of its own."

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from modlab.adapters.pissa import ModulatedPiSSA
 from modlab.learn import activations
 from modlab.learn.activations import _first_targets, capture_activations, capture_statistics
-from modlab.maths.scores import ProjectionStats, flaw, project
+from modlab.maths.statistics import ProjectionStats, flaw, project
 from modlab.maths.svd import thin_svd
 from modlab.model import cache
 from modlab.model.cache import directions

@@ -149,11 +149,12 @@ def test_what_other_scores_would_choose_is_what_they_choose():
         a = adapter_of(kind, model)
         x = Study(model, tok, a, load_pairs("test")[:3], [1])
         name = list(a.layers)[3]
-        table = spectra(x, name, ["s_only", "wanda"], never).pivot(index="index", columns="mode", values="chosen")
+        table = spectra(x, name, ["s_only", "wanda", "grad_fisher"], never).pivot(index="index", columns="mode", values="chosen")
         fresh, _ = tiny_model()
-        from modlab import capture_activations
-        X = capture_activations(fresh, tok, x.records, a.cfg)
-        for mode in ("s_only", "wanda"):
+        from modlab import capture_activations, capture_gradients
+        X, gradients = capture_activations(fresh, tok, x.records, a.cfg), capture_gradients(fresh, tok, x.records, a.cfg)
+        X = {n: X[n] | {"gradients": gradients[n]} for n in X}
+        for mode in ("s_only", "wanda", "grad_fisher"):
             other = ModulatedPiSSA(fresh, r=a.cfg.r, targets=a.cfg.targets, selection_score=mode, calibration_activations=X,
                                    extract=False)
             assert table.index[table[mode]].tolist() == other.chosen_idx[name].tolist(), (kind, mode)

@@ -1,5 +1,6 @@
 """How a call is changed: seen by compiled graphs, right in a recomputed block, absent from copies, safe beside other threads."""
 import copy
+import gc
 import inspect
 import io
 import pickle
@@ -7,7 +8,9 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,11 @@ from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from models import KINDS, adapter_of, build, changes, gap, half, hooks, logits, seeded, state, tokens
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from modlab import ModulatedLoRA
 from modlab.adapters.hooks import Adder, Hooks, LowRankAdder
+from modlab.model import calls
 from modlab.model.calls import ADDERS, _adders_of, here_only, is_swapped, put, take
 from modlab.model.layers import is_linear
 from modlab.model.rows import _batch_shape, text_models
@@ -111,6 +116,95 @@ def hooks_of_modlab(model): return [n for n, m in model.named_modules() if is_sw
 def test_a_block_is_recomputed_at_the_dose_of_its_forward(kind, arch, how, reentrant):
     expected = gradients(kind, arch, how)
     assert gap(gradients(kind, arch, how, reentrant), expected) < 2**-16 and expected.abs().max() > 0
+
+
+# A user's own checkpoint, around whatever they like.
+def part(layer): return lambda h: h + layer.mlp(layer.post_attention_layernorm(h))
+
+
+def in_turn(parts, run, h):
+    for f in parts: h = run(f, h)
+    return h
+
+
+def plainly(f, *args): return f(*args)
+
+
+OWN = {"blocks": lambda model, run, h: in_turn(map(part, model.model.layers), run, h),
+       "a part of a block": lambda model, run, h: in_turn([lambda h, m=m.mlp: h + run(m, h) for m in model.model.layers],
+                                                          plainly, h),
+       "many blocks": lambda model, run, h: run(lambda h: in_turn(map(part, model.model.layers), plainly, h), h),
+       "one in another": lambda model, run, h: run(lambda h: in_turn(map(part, model.model.layers), run, h), h),
+       "the model": lambda model, run, h: run(lambda h: model(inputs_embeds=h).logits, h),
+       "a layer": lambda model, run, h: run(model.model.layers[1].mlp.up_proj, h)}
+WHEN = ("inside", "left", "attached again", "another one", "attached since", "plain since")
+
+
+def own_gradients(kind, who, when, run):
+    "Of a loss at one dose and one at a dose per row together, for the adapter and for the input."
+    model = build()
+    a, b = half(kind, model), half("lora", model, seed=9)
+    leaf = torch.randn(3, 5, 64, generator=seeded(3)).requires_grad_()
+    def loss(): return OWN[who](model, run, leaf * 1.0).square().mean()
+    if when == "attached since":
+        if a.extracted: a.restore_base_W()
+        total = loss()
+        with a(model, 2.0), b(model, 1.0): total.backward()
+        return [leaf.grad]
+    with a(model, 1.0):
+        total = loss()
+        if when == "plain since": a.set_coeff(0.0)
+        else: a.set_coeff(torch.tensor([-2.0, 0.5, 0.0]))
+        if who == "the model" or when == "plain since": total = total + loss()
+        if when == "inside":
+            a.set_coeff(5.0)
+            total.backward()
+    if when in ("left", "plain since"): total.backward()
+    if when == "attached again":
+        with a(model, torch.tensor([7.0, 7.0, 7.0])): total.backward()
+    if when == "another one":
+        with b(model, 3.0): total.backward()
+    assert not hooks(model)
+    return [leaf.grad, *(p.grad for p in a.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("who", OWN)
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_checkpoint_of_the_users_own_is_recomputed_at_the_dose_of_its_forward(kind, who, reentrant):
+    for when in WHEN:
+        expected = own_gradients(kind, who, when, plainly)
+        found = own_gradients(kind, who, when, partial(checkpoint, use_reentrant=reentrant))
+        assert len(found) == len(expected) and any(g.abs().max() > 0 for g in expected)
+        assert all(gap(g, e) < 2**-14 for g, e in zip(found, expected) if e.abs().max() > 0), when
+
+
+def test_what_is_kept_for_the_backward_pass_goes_with_the_graph():
+    model, leaf = build(), torch.randn(1, 3, 64).requires_grad_()
+    a = half("lora", model)
+    with a(model, 1.0): total = OWN["blocks"](model, partial(checkpoint, use_reentrant=False), leaf * 1.0).sum()
+    gone = weakref.ref(a.B[next(iter(a.B))])
+    del a, total
+    gc.collect()
+    assert gone() is None
+
+
+def test_without_gradients_nothing_looks_for_a_checkpoint(monkeypatch):
+    model, ids = build(), tokens()
+    a, looked = half("lora", model), []
+    monkeypatch.setattr(calls, "_frames", lambda: looked.append(1) or [])
+    with a(model, 1.0): logits(model, ids), model(input_ids=ids)
+    assert not looked, "nor where PyTorch says that nobody watches"
+
+
+def test_a_forward_of_a_hook_within_a_backward_pass_is_a_forward_like_any_other():
+    model, ids, seen = build(), tokens(), []
+    a, leaf = half("lora", model), torch.ones(1, requires_grad=True)
+    with a(model, 1.0):
+        y = leaf * 2
+        y.register_hook(lambda g: seen.append(logits(model, ids)))
+        y.sum().backward()
+        assert torch.equal(seen[0], logits(model, ids))
 
 
 def test_another_adapter_that_comes_later_has_no_part_in_the_recomputation():

@@ -1,7 +1,7 @@
 """What holds for every adapter on every architecture in every dtype."""
 import pytest
 import torch
-from models import ARCHS, DTYPES, KINDS, MORE, build, changes, gap, half, hooks, logits, seeded, state, tokens
+from models import ARCHS, DEVICE, DTYPES, KINDS, MORE, build, changes, gap, half, hooks, logits, seeded, state, tokens
 
 from modlab import ModulatedLoRA, adapters
 from modlab.model.calls import put
@@ -78,7 +78,7 @@ def test_linear_in_c_at_the_layer(arch, dtype, kind):
     model = build(arch, dtype)
     a = half(kind, model)
     for name, layer in list(a.layers.items())[:3]:
-        x = torch.randn(2, 5, a.factors(name, 0.0).down.shape[1], generator=seeded(4)).to(dtype)
+        x = torch.randn(2, 5, a.factors(name, 0.0).down.shape[1], generator=seeded(4)).to(DEVICE, dtype)
         with torch.no_grad(), a(model):
             y = {c: (a.set_coeff(c), layer(x).double())[1] for c in (0.0, 1.0, 2.0, -1.5, 0.25)}
         zero, one, largest = y[0.0], y[1.0], max(out.abs().max() for out in y.values())
@@ -91,7 +91,7 @@ def test_layer_output_is_weight_plus_delta(arch, dtype, kind):
     model = build(arch, dtype)
     a = half(kind, model)
     for name, layer in list(a.layers.items())[-4:]:
-        W, x = dense_weight(layer), torch.randn(5, a.factors(name, 0.0).down.shape[1], generator=seeded(4)).to(dtype)
+        W, x = dense_weight(layer), torch.randn(5, a.factors(name, 0.0).down.shape[1], generator=seeded(4)).to(DEVICE, dtype)
         expected = x.double() @ (W.double() + a.delta(name, -1.5).double()).T + (0 if layer.bias is None else layer.bias.double())
         with torch.no_grad(), a(model, -1.5): y = layer(x)
         assert y.dtype == dtype and gap(y, expected) < 2 * ABLE[dtype]

@@ -16,7 +16,7 @@ from modlab import HistoryBake, ModulatedPiSSA, PiSSAHistoryBake, bake_, baked, 
 from modlab.maths.fingerprint import look, print_of, same_look, same_weight
 from modlab.model import changes as ways
 from modlab.model.layers import dense_weight
-from modlab.model.ledger import base_weight, check_unchanged, check_whole, extraction_ids, fingerprint, is_folded, ledger_of
+from modlab.model.ledger import base_weight, check_unchanged, check_whole, extraction_ids, fingerprint, is_folded
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:extractions in force")]
 FORMS = ("extracted", "folded", "both")
@@ -51,12 +51,34 @@ def test_load_state_dict_is_refused_while_something_is_in_force(form, assign):
     model, new = build(), build(seed=1).state_dict()
     base = weights(model)
     end, a = changed(form, model)
-    with pytest.raises(RuntimeError, match=r"load_state_dict would overwrite model\.layers\.0.*restore\(model\)"):
-        model.load_state_dict(new, assign=assign)
+    before = state(model)
+    block = {n.removeprefix("model.layers.1."): t for n, t in new.items()}
+    outer = {f"module.{n}": t for n, t in new.items()}
+    for root, part in ((model, new), (model.model.layers[1], block), (Wrapped(model), outer)):
+        with pytest.raises(RuntimeError, match=r"load_state_dict would overwrite .*q_proj\.weight.*restore\(model\)"):
+            root.load_state_dict(part, strict=False, assign=assign)
+        assert not changes(before, model), "all or nothing"
     ended(form, end, a)
     assert all(torch.equal(layer.weight, base[f"{n}.weight"]) for n, layer in a.layers.items())
     model.load_state_dict(new, assign=assign)
     assert same(model, new), "and afterwards it is a model like any other"
+
+
+@every_form
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+                         ids=["itself", "deepcopy", "pickle"])
+def test_nothing_watches_a_model_that_is_whole(form, copied):
+    model = build()
+    end, a = changed(form, model)
+    twin = copied(model)
+    assert watched(twin) >= {"", "model", "model.layers.0", *a.layers}
+    if twin is model: ended(form, end, a)
+    else: restore(twin)
+    assert not watched(twin)
+
+
+def watched(model):
+    return {n for n, m in model.named_modules() if m._state_dict_pre_hooks or m._load_state_dict_pre_hooks}
 
 
 def test_loading_what_the_ledger_does_not_concern_is_no_fault():
@@ -245,7 +267,8 @@ def test_the_last_fold_to_go_hands_back_the_first_tensor(order):
         leave[n].close()
         left.remove(n)
         torch.testing.assert_close(layer.weight.data, W + sum((maps[k]["layer"].matrix() for k in left), torch.zeros(3, 4)))
-    assert torch.equal(layer.weight, W) and layer.weight.data_ptr() == address and not ledger_of(layer).hooks
+    assert torch.equal(layer.weight, W) and layer.weight.data_ptr() == address
+    assert not layer._state_dict_pre_hooks and not layer._load_state_dict_pre_hooks
 
 
 def rank_one(n):
@@ -352,8 +375,7 @@ def test_restore_waits_for_the_end_of_the_block():
     check_whole(model)
 
 
-@pytest.mark.parametrize("fails_in", ["fold", "swap_weight", "Entry", "stamp"])
-@pytest.mark.parametrize("fails_at", [0, 4])
+@pytest.mark.parametrize("fails_in,fails_at", [*itertools.product(["fold", "swap_weight", "Entry"], [0, 4]), ("stamp", 0)])
 @pytest.mark.parametrize("what", ["baked", "bake_", "extract"])
 def test_an_error_on_the_way_leaves_nothing_changed(what, fails_in, fails_at, monkeypatch):
     model, calls, step = build(), [], getattr(ways, fails_in)
@@ -373,6 +395,70 @@ def test_an_error_on_the_way_leaves_nothing_changed(what, fails_in, fails_at, mo
     assert not changes(before, model) and not any(map(is_folded, model.modules()))
     with baked(model, [(a, 1.0)]): pass
     assert not changes(before, model)
+
+
+LOST = {"an adapter": lambda model: adapter_of("lora", model)(model, 1.0).__enter__(),
+        "an extracted adapter": lambda model: adapter_of("pissa-extracted", model)(model, 1.0).__enter__(),
+        "a history": lambda model: HistoryBake(model, [(adapter_of("lora", model), 1.0)]),
+        "a history of rounds": lambda model: PiSSAHistoryBake(model, [(adapter_of("pissa-extracted", model), 1.0)]),
+        "a fold": lambda model: changed("folded", model),
+        "both": lambda model: changed("both", model)}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_what_is_lost_is_told_and_ended(lost):
+    "A block that is never left, a history whose variable is gone."
+    model, ids = build(), tokens()
+    before, base = state(model), logits(model, ids)
+    kept = LOST[lost](model) if "fold" in lost or lost == "both" else [LOST[lost](model)] and None
+    gc.collect()
+    if lost in ("an adapter", "a history"):
+        with pytest.warns(UserWarning, match=r"still attached.*restore\(model, force=True\)"): restore(model)
+    else:
+        with pytest.raises(RuntimeError, match=r"restore\(model, force=True\)"): restore(model)
+    restore(model, force=True)
+    assert torch.equal(logits(model, ids), base) and not [c for c in changes(before, model) if not c.startswith("trains")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        restore(model)
+    if kept: kept[0]() # its way out, which is still there, does nothing
+    assert torch.equal(logits(model, ids), base)
+    with adapter_of("lora", model, seed=7)(model, 1.0): assert not torch.equal(logits(model, ids), base)
+
+
+def test_blocks_that_were_ended_by_force_are_left_without_harm():
+    model, ids = build(), tokens()
+    base, a, b = logits(model, ids), adapter_of("lora", model), adapter_of("lora", model, seed=9)
+    with a(model, 1.0):
+        restore(model, force=True)
+        assert not a.attached and torch.equal(logits(model, ids), base)
+        with a(model, 2.0), b(model, 1.0): dosed = logits(model, ids)
+    with a(model, 2.0), b(model, 1.0): assert torch.equal(logits(model, ids), dosed)
+    assert not [c for c in changes(state(build()), model) if "hooks" in c]
+
+
+def test_a_fold_that_finds_its_weight_overwritten_has_a_way_out():
+    model, ids = build(), tokens()
+    base, a = logits(model, ids), adapter_of("lora", model)
+    with pytest.raises(RuntimeError, match=r"up_proj.*restore\(model, force=True\)"):
+        with baked(model, [(a, 1.0)]): model.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
+    restore(model, force=True)
+    assert torch.equal(logits(model, ids), base) and not a.bakes
+    with baked(model, [(a, 1.0)]), adapter_of("lora", model, seed=9)(model, 1.0): pass
+    assert torch.equal(logits(model, ids), base)
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa-extracted", "pissa-unextracted"])
+def test_what_is_folded_for_good_says_so_when_it_acts_again(kind):
+    model = build()
+    a, other = adapter_of(kind, model), adapter_of("lora", model, seed=9)
+    bake_(model, [(a, 1.0)])
+    for again in (lambda: a(model, 1.0), lambda: baked(model, [(a, 1.0)]), lambda: HistoryBake(model, [(a, 1.0)])):
+        with pytest.warns(UserWarning, match=f"{type(a).__name__} .{a.id}. is folded into .* for good already"):
+            with again(): pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with other(model, 1.0): pass
 
 
 # -------------------------------------------------------------------------------------------------------------------- for good

@@ -70,12 +70,18 @@ def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path):
     with pytest.raises(OSError, match="nowhere: there is no such folder"): load_model(tmp_path / "nowhere")
 
 
-def test_the_pairs_keep_their_promises():
-    train, test = load_pairs("train"), load_pairs("test")
+@pytest.mark.parametrize("axis", ["knight", "formal", "poet"])
+def test_the_pairs_keep_their_promises(axis):
+    train, test = load_pairs("train", axis=axis), load_pairs("test", axis=axis)
     prompts = [{json.dumps(r["prompt"]) for r in records} for records in (train, test)]
     assert len(prompts[0]) == len(train) >= 128 and len(prompts[1]) == len(test) >= 32 and not prompts[0] & prompts[1]
     assert len({r["subject"] for r in train}) >= 8 and all(r["cho"] != r["rej"] for r in train + test)
-    assert len(load_pairs()) == len(train) + len(test) >= 160
+    assert len(load_pairs(axis=axis)) == len(train) + len(test) >= 160
+
+
+def test_an_axis_that_is_not_there_is_named():
+    assert load_pairs() == load_pairs(axis="knight")
+    with pytest.raises(ValueError, match=r"axis 'pirate'; there are \['formal', 'knight', 'poet'\]"): load_pairs(axis="pirate")
 
 
 def test_a_line_may_hold_a_line_separator(tmp_path):

@@ -10,6 +10,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import api
+import house
 import lint_notebooks as lint
 import pytest
 import readme
@@ -226,3 +227,32 @@ def test_ci_runs_on_every_python_that_modlab_promises():
     assert {"push", "pull_request"} <= workflow[True].keys()  # YAML takes `on` for a truth
     assert job["strategy"]["matrix"]["python"] == [f"3.{n}" for n in range(int(settings()["min_python"][2:]), 14)]
     assert job["steps"][-1] == {"run": ".ci/run"} and os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+# ---- what an import costs ----
+
+LATER = ["matplotlib", "seaborn", "gguf", "peft", "bitsandbytes", "ipywidgets", "IPython", "dask", "distributed", "scipy"]
+# What torch and transformers load by themselves, for the parts of them that modlab stands on.
+BASE = "import torch, transformers.modeling_utils, transformers.modeling_layers, transformers.generation.streamers\n"
+
+
+def test_importing_modlab_loads_what_it_needs_at_once_and_no_more():
+    code = (f"{BASE}import sys\nbefore = set(sys.modules)\nimport modlab\n"
+            f"print([m for m in {LATER} if m in {{*sys.modules}} - before])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr[-2000:]
+
+
+def test_importing_modlab_takes_less_than_two_seconds_of_the_processor_beyond_torch_and_transformers():
+    code = BASE + "import time\nstart = time.process_time()\nimport modlab\nprint(time.process_time() - start)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 2
+
+
+def test_what_modlab_imports_later_is_there_all_the_same():
+    import modlab
+    stated = house.House().exported()
+    assert modlab._LATER and {n: f".{stated[n]}" for n in modlab._LATER} == modlab._LATER
+    assert {n for n, module in stated.items() if module.startswith("show.")} == set(modlab._LATER)
+    assert set(stated) <= set(dir(modlab)) & set(modlab.__all__) and modlab.explore is modlab.show.explore.explore
+    with pytest.raises(AttributeError, match="plot_nothing"): getattr(modlab, "plot_" + "nothing")

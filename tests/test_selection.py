@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 
 from modlab import capture_statistics
-from modlab.maths.scores import SCORES, ProjectionStats, chance_overlap, choose, overlap, project, selection_scores, tail_depth
+from modlab.maths.scores import GRADIENT_SCORES, SCORES, chance_overlap, choose, overlap, selection_scores, tail_depth
+from modlab.maths.statistics import GradientStats, ProjectionStats, project
 from modlab.maths.svd import thin_svd
 
 seeds = st.integers(0, 2**31)
@@ -27,7 +28,7 @@ def test_scores_are_numpys(seed, o, i, n_cho, n_rej, mean):
     expected = {"s_only": s, "act_only": np.abs(P_all).mean(0), "wanda": s * np.abs(P_all).mean(0),
                 "cho_rej_min_std": np.minimum(P["cho"].std(0, ddof=1), P["rej"].std(0, ddof=1))}
     stats = {side: project(x, Vh, "layer") for side, x in X.items()}
-    assert set(expected) == set(SCORES)
+    assert set(expected) == set(SCORES) - set(GRADIENT_SCORES)
     alive = s > 1e-5 * s[0]
     for mode, want in expected.items():
         scores = selection_scores(S, mode, stats).numpy()
@@ -84,9 +85,10 @@ def test_depth_and_overlap(seed, r, extra):
 def test_emptied_directions_rank_last_in_every_mode():
     S = torch.tensor([2.0, 1.0, 3e-5, 2e-5, 1e-7, 0.0])
     loud = ProjectionStats.of(noise(50, 6) * torch.tensor([1.0, 1, 1, 100, 100, 100]))
+    pulls = GradientStats.of(noise(9, 6) * torch.tensor([1.0, 1, 1, 100, 100, 100]), noise(9, 6, seed=1))
     modes = [*SCORES, lambda S, stats: stats["cho"].mean_abs]
     for mode in modes:
-        scores = selection_scores(S, mode, {"cho": loud, "rej": loud})
+        scores = selection_scores(S, mode, {"cho": loud, "rej": loud, "gradients": pulls})
         assert scores[:3].isfinite().all() and (scores[3:] == -math.inf).all(), mode
         assert choose(scores, 4).tolist() == [0, 1, 2, 3], "the threshold itself is emptied; ties to the lower index"
 
@@ -99,6 +101,12 @@ def test_emptied_directions_rank_last_in_every_mode():
     ("act_only", ProjectionStats.of(torch.ones(1, 3)), "at least 2 rows .* got 1"),
     ("wanda", ProjectionStats.of(torch.ones(4, 2)), "of 2 directions, the layer has 3"),
     ("act_only", ProjectionStats.of(torch.full((4, 3), math.nan)), "NaN or infinite"),
+    ("grad_abs", None, "needs gradients of pairs, got NoneType; pass what capture_gradients"),
+    ("taylor", ProjectionStats.of(torch.ones(4, 3)), "needs gradients of pairs, got ProjectionStats"),
+    ("act_only", GradientStats.of(*torch.ones(2, 4, 3)), "needs projection statistics .* got GradientStats"),
+    ("grad_snr", GradientStats.of(*torch.ones(2, 1, 3)), "at least 2 pairs, got 1"),
+    ("grad_fisher", GradientStats.of(*torch.ones(2, 4, 2)), "of 2 directions, the layer has 3"),
+    ("grad_abs", GradientStats.of(*torch.full((2, 4, 3), math.inf)), "NaN or infinite"),
     (lambda S, stats: S[1:], None, r"shape \(3,\) .* got shape \(2,\)"), (lambda S, stats: S * math.nan, None, "got NaN"),
     (lambda S, stats: stats["cho"].mean, None, "the score <lambda> raised TypeError: .*; its stats were None"),
     (lambda S, stats: stats.std, {"cho": 1, "rej": 2}, r"raised AttributeError: .* a dict with \['cho', 'rej'\]"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import api
 import nbformat
+from faults import page as faults
 from lint_notebooks import DIRECTIVE, ROOT, directives, library, notebooks
 from readme import site
 
@@ -65,7 +66,7 @@ def contents(root: Path) -> str:
     books = {f"{folder[0]}. {CHAPTERS[folder[2:]]}": pages for folder, pages in chapters.items()}
     companions = [f"analysis/{p.stem}" for p in sorted((root / "nbs" / "analysis").glob("*.ipynb"))]
     first = [p for p in START if p in companions]
-    guides = [g for g in GUIDES if (root / "docs" / f"{g}.md").exists()]
+    guides = [g for g in GUIDES if (root / "docs" / f"{g}.md").exists()] + ["faults"] * (root / faults.FIGURES).exists()
     trees = {"Begin here": first, "Questions": [p for p in companions if p not in first], **books,
              "Reference": ["api/index", *guides], "Project": [p.removesuffix(".md") for p in PAGES]}
     return "\n\n".join(toctree(caption, entries) for caption, entries in trees.items() if entries)
@@ -83,6 +84,7 @@ def stage(root: Path, source: Path) -> None:
         nbformat.write(nb, target)
     written = [(root / "docs" / f"{g}.md", f"{g}.md") for g in GUIDES] + [(root / p, p) for p in PAGES]
     texts = {name: link_names(p.read_text(encoding="utf-8"), names) for p, name in written if p.exists()}
+    if (root / faults.FIGURES).exists(): texts["faults.md"] = link_names(faults.text(root), names)
     for name, text in {**texts, **api.pages(sources, root)}.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(text, encoding="utf-8")

@@ -18,14 +18,14 @@ CHATTER = ("Failed to load CPU gemm_4bit_forward",)  # what bitsandbytes says on
 TIMEOUT = int(os.environ.get("NOTEBOOK_TIMEOUT", "1800"))  # seconds a cell may take
 
 
-def execute(nb, folder: Path) -> None:
+def execute(nb, folder: Path, **hooks) -> None:
     "Run every cell in the folder where the notebook lives, with a bar on a terminal; raises at the first cell that does."
     bar = tqdm(total=sum(c.cell_type == "code" for c in nb.cells), unit="cell", leave=False, disable=None)
     os.environ.update(ENV)
     with bar: NotebookClient(nb, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
                    record_timing=False, store_widget_state=False, coalesce_streams=True,
                    extra_arguments=["--log-level=40"],  # errors only
-                   on_cell_executed=lambda **_: bar.update()).execute()
+                   on_cell_executed=lambda **_: bar.update(), **hooks).execute()
 
 
 def light(nb, folder: Path) -> None:

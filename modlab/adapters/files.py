@@ -21,6 +21,7 @@ from ..model.format import Tables, adapter_file, read_file, read_header
 from ..model.layers import device_of, layer_shape
 from ..model.ledger import extraction_ids, few, fingerprint
 from ..model.legacy import compiles, exactly, is_plain
+from ..model.reach import check_called
 from ..model.targets import LoRAConfig, find_targets, linear_layers
 
 # %% ../../nbs/3_adapters/01_files.ipynb #2c72bca1
@@ -56,6 +57,9 @@ def read_checkpoint(path:str|Path) -> Checkpoint:
     if ck.legacy: _logger.warning("%s: written by the earlier implementation, without a fingerprint of its base", path)
     elif blank := [n for n in ck.names if n not in ck.prints]:
         raise OSError(f"{path}: it has no fingerprint of {len(blank)} of its layers ({few(blank)}); save the adapter again")
+    if "scale" in ck.meta and set(ck.meta["scale"]) != set(ck.names):
+        raise OSError(f"{path}: its header gives scales for {len(ck.meta['scale'])} layers, not for the {len(ck.names)} that it holds; "
+                      "save the adapter again")
     return ck
 
 # %% ../../nbs/3_adapters/01_files.ipynb #731ce88f
@@ -82,6 +86,8 @@ def layers_for(ck:Checkpoint, model:nn.Module, cfg:LoRAConfig) -> tuple[LoRAConf
     "The layers of `model` that a file names, in model order, and the configuration that describes them."
     named = set(ck.names) | set(ck.prints)
     layers = {n: m for n, m in linear_layers(model).items() if n in named}
+    try: check_called(model, layers)
+    except ValueError as e: raise ValueError(f"{ck.path}: {e}") from e
     if ck.legacy and not _describes(cfg, model, layers): cfg = replace(cfg, **exactly(layers or ck.names))
     return cfg, layers
 

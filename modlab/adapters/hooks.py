@@ -19,10 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..maths.lowrank import LowRank
-from ..model.calls import ADDERS, NOTES, SPANS, guard, here_only, put, take
+from ..model.calls import ADDERS, NOTES, guard, here_only, put, take
 from ..model.copies import Cell, Dose, FastMap, GatedCell, Inputs, check_gradient, is_fresh
-from ..model.layers import is_linear
+from ..model.layers import inner_model
 from ..model.ledger import Whole
+from ..model.reach import unreached
 from ..model.rows import Rows, check_rows, text_models
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #11f23718
@@ -51,7 +52,7 @@ def gain_at(c:DoseLike,
 class Adder:
     "What one layer adds while something is attached: subclasses say `add(x, y)` and, in `bind`, which tensors it needs."
     def __init__(self, name:str, layer:nn.Module, hooks:"Hooks"):
-        self.name, self.layer, self.hooks, self.rows = name, layer, hooks, hooks.rows
+        self.name, self.layer, self.hooks, self.rows = name, layer, hooks, hooks.rows if name not in hooks.textless else Rows()
         self.bind()
 
     def bind(self) -> None: raise NotImplementedError # read the tensors, and take a cell: self.cell = self.hooks.cell(…)
@@ -103,17 +104,9 @@ class LowRankAdder(Adder):
 
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #5b7de729
-class _Span:
-    "A block that can be checkpointed, as the layers in it that may add something."
-    def __init__(self, block:nn.Module, layers:set[int]): # ids of the layers that something is attached to
-        self.layers = tuple(m for m in block.modules() if is_linear(m) or id(m) in layers)
-
-def _places(model:nn.Module, layers:Mapping[str, nn.Module], rows:Rows) -> list[tuple]: # (module, slot, item)
-    "Where notes and spans go."
-    ids = set(map(id, layers.values()))
-    blocks = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-    notes = [(m, NOTES, note) for m in text_models(model) for note in (rows, Whole(model))]
-    return notes + [(m, SPANS, _Span(m, ids)) for m in blocks]
+def _places(model:nn.Module, rows:Rows) -> list[tuple]: # (module, slot, item)
+    "Where notes go."
+    return [(m, NOTES, note) for m in text_models(model) for note in (rows, Whole(model))]
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #738f4ac9
 class Hooks:
@@ -121,12 +114,13 @@ class Hooks:
     def __init__(self, layers:Mapping[str, nn.Module], # full name -> layer
                  adder:Callable[[str, nn.Module, "Hooks"], Adder], # makes what one layer adds
                  gate:Callable[[], DoseLike]|None=None): # asked for the dose at every layer: 1.0, 0.0 or a tensor (b,)
-        self.layers, self.adder, self.gate = layers, adder, gate
+        self.layers, self.adder, self.gate, self.textless = layers, adder, gate, None
         self._reset()
 
-    def _reset(self) -> None: self.attached, self.rows, self._c, self._cells, self._adders = False, Rows(), 0.0, {}, []
-    def __getstate__(self) -> dict: # a copy is detached
-        return Hooks(self.layers, self.adder, self.gate).__dict__
+    def _reset(self) -> None:
+        self.attached, self.rows, self._c, self._cells, self._adders = False, Rows(), 0.0, {}, []
+        self.leave = ExitStack() # closing it detaches
+    def __getstate__(self) -> dict: return Hooks(self.layers, self.adder, self.gate).__dict__ # a copy is detached
 
     @property
     def c(self) -> DoseLike: return self._c if self.gate is None else self.gate() # the current dose; 0 while detached
@@ -166,20 +160,22 @@ def _attach(hooks:Hooks, model:nn.Module, c:DoseLike) -> ExitStack:
     _claim(hooks)
     with ExitStack() as leave:
         leave.callback(hooks._reset)
-        hooks._c = c
+        hooks._c, hooks.rows.hooks = c, hooks
+        hooks.textless = unreached(model) & hooks.layers.keys() if hooks.textless is None else hooks.textless
         hooks._adders = [hooks.adder(name, layer, hooks) for name, layer in hooks.layers.items()]
-        places = _places(model, hooks.layers, hooks.rows) + [(a.layer, ADDERS, a) for a in hooks._adders]
+        places = _places(model, hooks.rows) + [(a.layer, ADDERS, a) for a in hooks._adders]
         for module, slot, item in places:
-            item = item if slot == SPANS else guard(item)
+            item = guard(item)
             put(module, slot, item)
             leave.callback(take, module, slot, item)
-        return leave.pop_all()
+        hooks.leave = leave.pop_all()
+    return hooks.leave
 
 # %% ../../nbs/3_adapters/00_hooks.ipynb #3e4f4e89
 def check_model(adapter:object, model:nn.Module) -> None: # the adapter: whatever has layers
     "`ValueError` unless the layers of the adapter are layers of this model."
     if not hasattr(adapter, "layers"): raise ValueError(f"a {type(adapter).__name__} in the place of the adapter; mind the order")
-    there = set(map(id, model.modules()))
+    there = set(map(id, inner_model(model).modules()))
     missing = [n for n, layer in adapter.layers.items() if id(layer) not in there]
     if not missing: return
     raise ValueError(f"the adapter was built on another model: {len(missing)} of its {len(adapter.layers)} layers are not in "

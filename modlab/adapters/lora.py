@@ -20,7 +20,7 @@ from ..model.layers import layer_shape
 # %% ../../nbs/3_adapters/03_lora.ipynb #87cde758
 def _kaiming(r:int, i:int, generator:torch.Generator|None) -> Float[Tensor, "{r} {i}"]:
     "`A` as LoRA draws it, on the CPU and in float32, so that a seed means the same on every device."
-    return nn.init.kaiming_uniform_(torch.empty(r, i), a=sqrt(5), generator=generator)
+    return nn.init.kaiming_uniform_(torch.empty(r, i, device="cpu"), a=sqrt(5), generator=generator)
 
 # %% ../../nbs/3_adapters/03_lora.ipynb #d29d52fb
 class ModulatedLoRA(LowRankAdapter):
@@ -35,12 +35,13 @@ class ModulatedLoRA(LowRankAdapter):
                  exclude:str|Sequence[str]=LoRAConfig.exclude, # patterns that win over targets
                  layer_range:tuple[float, float]=(0.0, 1.0), # part of the block stack, as fractions
                  dtype:torch.dtype|None=None, # of the factors; None is float32
-                 generator:torch.Generator|None=None): # a CPU generator for A; None uses the global one
-        cfg = LoRAConfig(r, alpha, targets, exclude, dtype, layer_range)
+                 generator:torch.Generator|None=None, # a CPU generator for A; None uses the global one
+                 roles:str|None=None): # "writers": of the targets, those that write to the residual stream
+        cfg = LoRAConfig(r, alpha, targets, exclude, dtype, layer_range, roles=roles)
         layers = find_targets(model, cfg)
         shapes = {name: layer_shape(layer) for name, layer in layers.items()}
         A = {name: _kaiming(r, i, generator) for name, (o, i) in shapes.items()}
-        self.setup(model, cfg, layers, {"A": A, "B": {name: torch.zeros(o, r) for name, (o, i) in shapes.items()}})
+        self.setup(model, cfg, layers, {"A": A, "B": {name: torch.zeros(o, r, device="cpu") for name, (o, i) in shapes.items()}})
 
     def slope(self, name:str) -> Float[Tensor, "r"]: return self.A[name].new_full((len(self.A[name]),), self.scale[name])
     def meta(self) -> dict: return super().meta() | dict(scale=self.scale)

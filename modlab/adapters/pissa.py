@@ -9,7 +9,7 @@ __all__ = ['ModulatedPiSSA']
 import hashlib
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from .files import Checkpoint, refuse
 from .selection import PiSSAConfig, Score, check_calibration, decompose, selection_line
 from ..model.cache import check_after
 from ..maths.lowrank import LowRank
+from ..maths.steps import Products
 from ..model.changes import extract, is_extracted, put_back
 from ..model.layers import layer_shape, shared_weights, why_fixed
 from ..model.ledger import base_weight, extraction_ids, few, is_folded
@@ -44,7 +45,7 @@ def _warn_if_extracted(model:nn.Module) -> None:
     if ids := {round: None for m in model.modules() for round in extraction_ids(m)}:
         warnings.warn(f"extractions in force on this model: {few(ids)}. The new adapter takes directions from what they left, "
                       "and needs them given back in every forward. If their adapters are gone (a cell that was run twice), call "
-                      "restore(model) and build this one again", stacklevel=3)
+                      "restore(model) and build this one again", stacklevel=4)
 
 # %% ../../nbs/3_adapters/05_pissa.ipynb #602793c0
 def _round_id(S:Mapping[str, Tensor], layers:Mapping[str, nn.Module]) -> str:
@@ -54,10 +55,25 @@ def _round_id(S:Mapping[str, Tensor], layers:Mapping[str, nn.Module]) -> str:
         digest.update(repr((name, extraction_ids(layer))).encode() + S[name].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
+def _slope(theta:Mapping[str, Tensor], step:Mapping[str, Tensor], name:str) -> Float[Tensor, "r"]:
+    "`delta_s` of a layer: what trains itself, where there are no steps."
+    return theta[name] * step[name] if step else theta[name]
+
 def _draw(S:Mapping[str, Tensor], init:tuple[float, float], generator:torch.Generator|None) -> dict[str, Tensor]:
     "`delta_s` for each layer, on the CPU in float32, so that a seed means the same on every device."
     mean, std = init
-    return {name: mean + std * torch.randn(len(s), generator=generator) for name, s in S.items()}
+    return {name: mean + std * torch.randn(len(s), generator=generator, device="cpu") for name, s in S.items()}
+
+# %% ../../nbs/3_adapters/05_pissa.ipynb #8a5b90fb
+def _chosen(model:nn.Module, cfg:PiSSAConfig, X:Mapping|None, after:Sequence) -> dict: # tables
+    "Check everything, then decompose and choose."
+    layers = find_targets(model, cfg)
+    check_after(model, after)
+    check_calibration(layers, cfg, X)
+    if cfg.extract:
+        _check_extractable(model, layers)
+        _warn_if_extracted(model)
+    return decompose(layers, cfg, X, after)
 
 # %% ../../nbs/3_adapters/05_pissa.ipynb #196f4c0e
 def _check_lengths(ck:Checkpoint, layers:Mapping[str, nn.Module]) -> None:
@@ -65,13 +81,15 @@ def _check_lengths(ck:Checkpoint, layers:Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         given = {table: t[name] for table, t in ck.tables.items() if name in t}
         r, k = len(given["Vh"]), min(layer_shape(layer))
-        for table, n in dict(S=r, delta_s=r, chosen_idx=r, spectrum=k).items():
+        for table, n in dict(S=r, delta_s=r, step=r, chosen_idx=r, spectrum=k).items():
             shape = tuple(given[table].shape) if table in given else (n,)
             if shape == (n,): continue
             raise ValueError(f"{ck.path}: {table} of {name} is {shape}, expected ({n},); save the adapter again")
         for table, t in given.items():
             if not t.isfinite().all(): raise ValueError(f"{ck.path}: {table} of {name} holds numbers that are not finite")
-        idx = given.get("chosen_idx", torch.arange(r))
+        if "step" in given and not (given["step"] > 0).all():
+            raise ValueError(f"{ck.path}: step of {name} holds numbers that are not positive; save the adapter again")
+        idx = given.get("chosen_idx", torch.arange(r, device="cpu"))
         if idx.is_floating_point() or not (0 <= idx.min() and idx.max() < k and (idx.diff() > 0).all()):
             raise ValueError(f"{ck.path}: chosen_idx of {name} must be ascending whole numbers below {k}; save the adapter again")
 
@@ -88,32 +106,30 @@ def _check_directions(ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool
 
 # %% ../../nbs/3_adapters/05_pissa.ipynb #cda12626
 class ModulatedPiSSA(LowRankAdapter):
-    "Chosen singular directions dosed by `c`: `y = W x + U · c·delta_s · Vh x` (after Meng et al. 2024); only `delta_s` trains."
+    "Chosen singular directions dosed by `c`: `y = W x + U · c·delta_s · Vh x` (Meng et al. 2024); only `delta_s` trains."
     kind, config, trains, down, up = "pissa", PiSSAConfig, ("delta_s",), "Vh", "U"
-    tables, optional = ("U", "S", "Vh", "delta_s", "chosen_idx", "spectrum"), ("chosen_idx", "spectrum")
+    tables, optional = ("U", "S", "Vh", "delta_s", "chosen_idx", "spectrum", "step"), ("chosen_idx", "spectrum", "step")
     keep_base, _key = True, "" # is the base kept; the ledger's key of its extraction
-
     def __init__(self, model:nn.Module, # any Hugging Face causal LM; it is frozen
                  r:int=256, # directions per layer, clamped to its min(i, o)
                  targets:str|Sequence[str]=LoRAConfig.targets, # "all-linear", or patterns searched in module names
                  exclude:str|Sequence[str]=LoRAConfig.exclude, # patterns that win over targets
                  layer_range:tuple[float, float]=(0.0, 1.0), # part of the block stack, as fractions
                  dtype:torch.dtype|None=None, # of the factors; None is float32
-                 calibration_activations:Mapping|None=None, # from capture_activations or capture_statistics; "s_only" needs none
-                 selection_score:Score="cho_rej_min_std", # a name, or (S, stats) -> scores (k,), see ProjectionStats
+                 calibration_activations:Mapping|None=None, # from capture_activations, _statistics, _gradients
+                 selection_score:Score|None=None, # a name, or (S, stats) -> scores (k,); None is "cho_rej_min_std"
                  extract:bool=True, # take the directions out of the weight
                  init:tuple[float, float]=(4e-2, 4e-2), # mean and standard deviation of delta_s
                  generator:torch.Generator|None=None, # a CPU generator for delta_s; None uses the global one
                  after:Sequence["ModulatedPiSSA"]=(), # unextracted rounds whose directions are taken
-                 keep_base:bool=True): # keep the original weight, to restore it bit for bit
-        cfg = PiSSAConfig(r, LoRAConfig.alpha, targets, exclude, dtype, layer_range, selection_score, extract, init)
-        layers, self.keep_base = find_targets(model, cfg), keep_base
-        check_after(model, after)
-        check_calibration(layers, selection_score, calibration_activations)
-        if extract:
-            _check_extractable(model, layers)
-            _warn_if_extracted(model)
-        tables = decompose(layers, cfg, calibration_activations, after)
+                 keep_base:bool=True, # keep the original weight, to restore it bit for bit
+                 step:str|float="plain", # "fisher": steps of about equal divergence; a number p: of F^-p. Both need gradients
+                 r_total:int|None=None, # directions in all, shared out over the layers by score, in place of r for each
+                 roles:str|None=None): # "writers": of the targets, those that write to the residual stream
+        self.keep_base, cfg = keep_base, PiSSAConfig(r, LoRAConfig.alpha, targets, exclude, dtype, layer_range, selection_score,
+                                                     extract, init, step, r_total, roles=roles)
+        tables = _chosen(model, cfg, calibration_activations, after) # a layer without a share of r_total is left out
+        layers = {name: layer for name, layer in find_targets(model, cfg).items() if name in tables["S"]}
         self.setup(model, cfg, layers, tables | {"delta_s": _draw(tables["S"], init, generator)})
         _logger.info(selection_line(self))
 
@@ -121,8 +137,16 @@ class ModulatedPiSSA(LowRankAdapter):
     def extracted(self) -> bool: return bool(self._key) and is_extracted(self.layers, self._key) # `restore(model)` is seen
 
     @property
+    def delta_s(self) -> Mapping[str, Float[Tensor, "..."]]: # with a table `step`, to be read only: write to theta
+        return Products(self.theta, self.step) if self.step else self.theta
+    @delta_s.setter
+    def delta_s(self, values:dict[str, nn.Parameter]) -> None: self.theta = values
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((f"{'theta' if self.step else 'delta_s'}.{name}", p) for name, p in self.theta.items())
+
+    @property
     def has_offset(self) -> bool: return self.extracted
-    def slope(self, name:str) -> Float[Tensor, "r"]: return self.delta_s[name]
+    def slope(self, name:str) -> Float[Tensor, "r"]: return _slope(self.theta, self.step, name)
     def offset(self, name:str) -> Float[Tensor, "r"]|None: return self.S[name] if self._out(name) else None
     def _out(self, name:str) -> bool: return bool(self._key) and is_extracted({name: self.layers[name]}, self._key)
     def held(self, name:str) -> LowRank: return LowRank(self.Vh[name], self.S[name], self.U[name]) # its directions in the base
@@ -130,7 +154,7 @@ class ModulatedPiSSA(LowRankAdapter):
     def restore_base_W(self) -> None:
         "Put the base weight back and go on unextracted. `RuntimeError` if not extracted, or if a later round is still out."
         if not self.extracted: raise RuntimeError("nothing to restore: this adapter is not extracted")
-        put_back(self.layers, self.id)
+        put_back(self.layers, self.id, self.model)
         self.hooks.refresh()
 
     def load(self, path, strict:bool=True) -> None:
@@ -150,11 +174,14 @@ class ModulatedPiSSA(LowRankAdapter):
     def take_over(self, ck, cfg) -> None:
         if self.attached and cfg.extract: raise RuntimeError(f"{ck.path}: holds an extracted adapter; leave the with block first")
         if self.extracted: self.restore_base_W()
+        self.step = {} # what the file holds is delta_s
         super().take_over(ck, cfg)
 
     def settle(self, meta:Mapping) -> None:
         super().settle(meta)
-        self._key = extract(self.layers, self.id, self.held, self.keep_base) if self.cfg.extract else ""
+        with torch.no_grad():
+            for name, step in self.step.items(): self.theta[name].div_(step)
+        self._key = extract(self.layers, self.id, self.held, self.keep_base, self.model) if self.cfg.extract else ""
 
     def new_id(self) -> str: return _round_id(self.S, self.layers) if self.cfg.extract else super().new_id()
     def meta(self) -> dict: return super().meta() | dict(extract=self.extracted)

@@ -9,7 +9,8 @@ __all__ = ['Score', 'PiSSAConfig', 'projections', 'check_calibration', 'decompos
 # %% ../../nbs/3_adapters/04_selection.ipynb #2d7303c9
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 
 import pandas as pd
 import torch
@@ -18,89 +19,151 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from ..model.cache import directions
-from ..maths.scores import ProjectionStats, check_mode, choose, flaw, project, selection_scores, tail_depth
+from ..maths.scores import GRADIENT_SCORES, check_mode, choose, parts_for, selection_scores, tail_depth
+from ..maths.statistics import GradientStats, ProjectionStats, flaw, project
+from ..maths.steps import step_sizes
 from ..model.layers import layer_shape
 from ..model.ledger import few
 from ..model.targets import LoRAConfig, block_of, block_stacks, role_of
+from ..model.text import check_count
 
 # %% ../../nbs/3_adapters/04_selection.ipynb #4cc0062b
 Score = str | Callable # a name that `selection_scores` knows, or a function (S, stats) -> scores
+
+_POWERS = {"plain": 0.0, "fisher": 0.5} # names of step sizes
+
+def _power(step:str|float) -> float: # p in step ∝ F^-p; 0: no steps
+    "`ValueError` for a step that has no name and is no number."
+    if isinstance(step, str) and step in _POWERS: return _POWERS[step]
+    if isinstance(step, Real) and not isinstance(step, bool) and math.isfinite(step): return float(step)
+    raise ValueError(f"step must be one of {', '.join(_POWERS)}, or the power p of steps F^-p, got {step!r}")
 
 # %% ../../nbs/3_adapters/04_selection.ipynb #05f436e4
 @dataclass(frozen=True)
 class PiSSAConfig(LoRAConfig):
     "What a `ModulatedPiSSA` is made of. `alpha` has no part in it: the gain is in the units of singular values."
     r: int = 256 # directions per layer, clamped to its k = min(i, o)
-    selection_score: Score = "cho_rej_min_std" # which directions
+    selection_score: Score | None = None # which directions; None is "cho_rej_min_std"
     extract: bool = True # take the chosen directions out of the weight
     init: tuple[float, float] = (4e-2, 4e-2) # mean and standard deviation that delta_s is drawn from
+    step: str | float = "plain" # how far a unit of what trains goes along each direction: plain, fisher, or a power of 1/F
+    r_total: int | None = None # directions in all, shared out over the layers by score; then r means nothing
 
     def __post_init__(self):
         super().__post_init__()
+        object.__setattr__(self, "selection_score", self.selection_score or "cho_rej_min_std")
+        _power(self.step)
+        if self.r_total is not None: check_count("r_total", self.r_total)
         mean, std = self.init
         if not (math.isfinite(mean) and math.isfinite(std) and std >= 0):
             raise ValueError(f"init must be (mean, std) with std >= 0, both finite, got {self.init}; "
                              "(0.0, 0.0) starts as a no-op")
         object.__setattr__(self, "init", (float(mean), float(std)))
 
+    @property
+    def power(self) -> float: return _power(self.step)
+
 # %% ../../nbs/3_adapters/04_selection.ipynb #7cf7465c
 _Reads = Tensor | ProjectionStats # what a layer read: rows (n, i), or their statistics along its directions
+_Given = _Reads | GradientStats # … or how its directions move answers; or all of it, {"cho": …, "rej": …, "gradients": …}
 
-def _sides_in(X:object) -> list: return list(X.values()) if isinstance(X, Mapping) else [X]
+def _parts_in(x:object) -> list: return list(x.values()) if isinstance(x, Mapping) else [x]
 
-def _remedy(X:Mapping|None) -> str:
-    "How to get calibration data of the kind that was given."
-    streamed = any(isinstance(side, ProjectionStats) for of in (X or {}).values() for side in _sides_in(of))
+def _came(x:object) -> str: return str(sorted(x)) if isinstance(x, Mapping) else type(x).__name__
+
+def _needs(mode:Score, x:object) -> str:
+    "What a score needs for a layer, in words."
+    if mode in GRADIENT_SCORES: return "gradients"
+    return "both answers, {'cho': …, 'rej': …}" if mode == "cho_rej_min_std" or isinstance(x, Mapping) else "activations"
+
+def _remedy(gradients:bool, X:Mapping|None) -> str:
+    "How to get calibration data of the kind that is needed, and that was given."
+    if gradients: return "pass calibration_activations=capture_gradients(model, tok, pairs, cfg)"
+    streamed = any(isinstance(part, ProjectionStats) for x in (X or {}).values() for part in _parts_in(x))
     return f"pass calibration_activations=capture_{'statistics' if streamed else 'activations'}(model, tok, records, cfg)"
 
 # %% ../../nbs/3_adapters/04_selection.ipynb #caaf96e0
-def projections(name:str, X:_Reads|Mapping[str, _Reads], S:Float[Tensor, "k"], Vh:Float[Tensor, "k i"]
-               ) -> ProjectionStats|dict[str, ProjectionStats]:
-    "Statistics along each right singular vector: of captured inputs, or as they were streamed. Errors name the layer."
-    if isinstance(X, Mapping): return {side: projections(name, x, S, Vh) for side, x in X.items()}
-    if not isinstance(X, ProjectionStats): return project(X, Vh, name)
-    if why := flaw(X, len(S), S): raise ValueError(f"{name}: {why} (and the same after=); {_remedy({name: X})}")
-    return X
+def _of_this(name:str, stats:ProjectionStats|GradientStats, S:Float[Tensor, "k"]) -> ProjectionStats|GradientStats:
+    "The statistics, with the layer's name; `ValueError` if they are not of the directions of this weight."
+    if why := flaw(stats, len(S), S):
+        raise ValueError(f"{name}: {why} (and the same after=); {_remedy(isinstance(stats, GradientStats), {name: stats})}")
+    return stats if stats.name == name else replace(stats, name=name)
+
+def projections(name:str, X:_Given|Mapping[str, _Given], S:Float[Tensor, "k"], Vh:Float[Tensor, "k i"]
+               ) -> ProjectionStats|GradientStats|dict:
+    "Statistics along each direction, with the layer's name: of captured inputs, or as they were streamed. Errors name the layer."
+    if isinstance(X, Mapping): return {part: projections(name, x, S, Vh) for part, x in X.items()}
+    return project(X, Vh, name) if isinstance(X, Tensor) else _of_this(name, X, S)
 
 # %% ../../nbs/3_adapters/04_selection.ipynb #6b7095e9
-def _check_side(name:str, layer:nn.Module, X:object, how:str) -> None:
+def _check_part(name:str, layer:nn.Module, x:object, how:str) -> None:
     "`ValueError` unless these are inputs of this layer, or sound statistics along as many directions as it has."
     o, i = layer_shape(layer)
-    if isinstance(X, ProjectionStats):
-        if why := flaw(X, min(o, i)): raise ValueError(f"{name}: {why}; {how}")
-    elif not isinstance(X, Tensor) or X.ndim != 2 or X.shape[1] != i:
-        came = tuple(X.shape) if isinstance(X, Tensor) else f"a {type(X).__name__}"
+    if isinstance(x, ProjectionStats | GradientStats):
+        if why := flaw(x, min(o, i)): raise ValueError(f"{name}: {why}; {how}")
+    elif not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != i:
+        came = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise ValueError(f"{name}: calibration_activations are {came}, expected (n, {i}); {how}")
 
-def check_calibration(layers:Mapping[str, nn.Module], mode:Score, X:Mapping|None) -> None:
-    "`ValueError`, before anything is decomposed, if calibration data is missing or cannot be of these layers."
-    check_mode(mode)
-    if mode == "s_only" or (callable(mode) and X is None): return
-    how = _remedy(X)
-    if X is None:
-        raise ValueError(f"selection_score={mode!r} needs calibration_activations, got None; {how}, or selection_score='s_only'")
+def _check_needs(layers:Mapping[str, nn.Module], mode:Score, X:Mapping|None, what:str) -> None:
+    "`ValueError` unless there is for each layer what a score looks at, for the sake of `what`."
+    how = _remedy(mode in GRADIENT_SCORES, X)
+    if X is None: raise ValueError(f"{what} needs calibration_activations, got None; {how}, or selection_score='s_only'")
     if missing := [n for n in layers if n not in X]:
         raise ValueError(f"no calibration_activations for {len(missing)} of {len(layers)} layers ({few(missing)}); {how} "
                          "with this adapter's targets")
     for name, layer in layers.items():
-        sides = set(X[name]) if isinstance(X[name], Mapping) else None
-        if sides != {"cho", "rej"} and (sides is not None or mode == "cho_rej_min_std"):
-            raise ValueError(f"{name}: selection_score={mode!r} needs both answers, {{'cho': …, 'rej': …}}, got "
-                             f"{type(X[name]).__name__ if sides is None else sorted(sides)}; {how} with pairs "
+        parts = dict(enumerate(_parts_in(X[name]))) if callable(mode) else parts_for(mode, X[name])
+        gradients = any(isinstance(part, GradientStats) for part in parts.values())
+        if not parts or (not callable(mode) and gradients != (mode in GRADIENT_SCORES)):
+            raise ValueError(f"{name}: {what} needs {_needs(mode, X[name])}, got {_came(X[name])}; {how} with pairs "
                              "{prompt, cho, rej}")
-        for side in _sides_in(X[name]): _check_side(name, layer, side, how)
+        for part in parts.values(): _check_part(name, layer, part, how)
+
+def check_calibration(layers:Mapping[str, nn.Module], cfg:PiSSAConfig, X:Mapping|None) -> None:
+    "`ValueError`, before anything is decomposed, if calibration data is missing or cannot be of these layers."
+    mode = cfg.selection_score
+    check_mode(mode)
+    idle = mode == "s_only" or (callable(mode) and X is None)
+    if not idle: _check_needs(layers, mode, X, f"selection_score={mode if callable(mode) else repr(mode)}")
+    if cfg.power: _check_needs(layers, "grad_fisher", X, f"step={cfg.step!r}")
 
 # %% ../../nbs/3_adapters/04_selection.ipynb #e4022652
+def _picked(t:Mapping[str, Tensor], idx:Tensor) -> dict[str, Tensor]: # positions in what there is
+    "Some of the directions of a layer, with their scores."
+    there = idx.to(t["U"].device)
+    return dict(U=t["U"].index_select(1, there), S=t["S"][there], Vh=t["Vh"].index_select(0, there),
+                chosen_idx=t["chosen_idx"][idx], spectrum=t["spectrum"], score=t["score"][idx])
+
+def _shared_out(chosen:Mapping[str, dict], total:int) -> dict[str, dict]:
+    "The `total` best directions of all layers; a layer without any is left out."
+    scores = [t["score"] for t in chosen.values()]
+    kept = torch.zeros(sum(map(len, scores)), dtype=torch.bool).index_fill(0, choose(torch.cat(scores), total), True)
+    shares = zip(chosen.items(), kept.split([len(s) for s in scores]))
+    return {name: t if share.all() else _picked(t, share.nonzero()[:, 0]) for (name, t), share in shares if share.any()}
+
 def decompose(layers:Mapping[str, nn.Module], cfg:PiSSAConfig, X:Mapping|None, after:Sequence[Adapter]) -> dict:
-    "The tables U, S, Vh, chosen_idx and spectrum of every layer: decompose, score, keep the best `r`."
-    tables = {table: {} for table in ("U", "S", "Vh", "chosen_idx", "spectrum")}
-    for name, (U, S, Vh) in directions(layers, after):
-        stats = None if cfg.selection_score == "s_only" or X is None else projections(name, X[name], S, Vh)
-        idx = choose(selection_scores(S, cfg.selection_score, stats, name), cfg.r)
-        there = idx.to(U.device)
-        chosen = U.index_select(1, there), S[there], Vh.index_select(0, there), idx, S
-        for table, t in zip(tables, chosen): tables[table][name] = t
-    return tables
+    "The tables U, S, Vh, chosen_idx, spectrum and step of every layer: decompose, score, keep the best."
+    chosen, mode = {}, cfg.selection_score
+    first = cfg.r if mode == "s_only" and not cfg.r_total else None # all other choices need all directions
+    for name, (U, S, Vh) in directions(layers, after, first):
+        stats = None if mode == "s_only" or X is None else projections(name, X[name], S, Vh)
+        scores = selection_scores(S, mode, stats, name)
+        whole = dict(U=U, S=S, Vh=Vh, chosen_idx=torch.arange(len(S)), spectrum=S, score=scores)
+        chosen[name] = _picked(whole, choose(scores, cfg.r_total or cfg.r))
+        if cfg.r_total: chosen = _shared_out(chosen, cfg.r_total)
+    tables = {table: {name: t[table] for name, t in chosen.items()} for table in ("U", "S", "Vh", "chosen_idx", "spectrum")}
+    return tables | _steps(tables, cfg, X)
+
+# %% ../../nbs/3_adapters/04_selection.ipynb #bc417e3d
+def _steps(tables:Mapping[str, dict], cfg:PiSSAConfig, X:Mapping|None) -> dict[str, dict]: # none for plain ones
+    "The table `step`: how far a unit of what trains goes along each chosen direction."
+    if not cfg.power: return {}
+    fisher = {}
+    for name, idx in tables["chosen_idx"].items():
+        gradients = parts_for("grad_fisher", X[name])["gradients"]
+        fisher[name] = _of_this(name, gradients, tables["spectrum"][name]).fisher[idx]
+    return {"step": step_sizes(fisher, cfg.power)}
 
 # %% ../../nbs/3_adapters/04_selection.ipynb #da9f5501
 def _columns(adapter:Adapter, names:Sequence[str]|None=None) -> dict[str, dict]: # full name -> its first columns
@@ -128,7 +191,7 @@ def spectrum_table(adapter:Adapter, names:Sequence[str]|None=None) -> pd.DataFra
     score = getattr(score, "__name__", score)
     for name, columns in rows.items():
         S = adapter.spectrum[name].float().cpu()
-        chosen = torch.zeros(len(S), dtype=torch.bool).index_fill(0, adapter.chosen_idx[name], True)
+        chosen = torch.zeros(len(S), dtype=torch.bool, device="cpu").index_fill(0, adapter.chosen_idx[name], True)
         parts.append(pd.DataFrame(columns | dict(index=range(len(S)), S=S, chosen=chosen, mode=score)))
     return pd.concat(parts, ignore_index=True).astype({"layer": "Int64"})
 

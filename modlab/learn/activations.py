@@ -18,40 +18,54 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..model.calls import layer_input
-from ..maths.scores import ProjectionStats, project
+from ..maths.statistics import ProjectionStats, project
 from ..model.cache import check_after, directions
-from ..model.layers import device_of, guard_4bit, inner_model, offloading
+from ..model.layers import device_of, guard_4bit, inner_model, offloading, room_of
 from ..model.ledger import check_whole
 from ..model.loading import evaluating
 from ..model.targets import LoRAConfig, find_targets
 from ..model.text import Batch, batches, check_count, sides_of
 
 # %% ../../nbs/4_learn/00_activations.ipynb #dab75aee
-def _completion_rows(name:str, x:Tensor, batch:Batch, device:torch.device|str|None=None) -> Float[Tensor, "n i"]:
-    "The rows of `x`, `(b, s, i)` or `(b·s, i)`, that belong to completion tokens; float32, on `device` or where they are."
+def _fits(x:Tensor, batch:Batch) -> bool:
+    "Does `x` hold the tokens of the batch in order: `(b, s, i)`, or flattened `(b·s, i)`?"
+    b, s = batch.is_target.shape
+    return tuple(x.shape[:-1]) in ((b, s), (b * s,), (1, b * s))
+
+def _completion_rows(x:Tensor, batch:Batch, device:torch.device|str|None=None) -> Float[Tensor, "n i"]:
+    "The rows of `x` that belong to completion tokens; float32, on `device` or where they are."
     mask = batch.is_target.flatten().to(x.device)
-    if x.shape[:-1].numel() != mask.numel():
-        raise ValueError(f"{name} sees {tuple(x.shape)} for a batch of {tuple(batch.is_target.shape)} tokens (routed experts do "
-                         "this): its tokens cannot be told apart; exclude this layer")
     return x.reshape(-1, x.shape[-1])[mask].to(device or x.device, torch.float32)
+
+def _check_read(layers:Iterable[str], read:Iterable[str], odd:Mapping[str, tuple], batch:Batch) -> None:
+    "`ValueError` for a layer that was not called, or with other tokens only."
+    for name in sorted(set(layers) - set(read)):
+        if name not in odd: raise ValueError(f"{name} was not called by the model; exclude it")
+        told = " (routed experts do this)" if len(odd[name]) == 2 else ""
+        raise ValueError(f"{name} sees {odd[name]} for a batch of {tuple(batch.is_target.shape)} tokens{told}: its tokens cannot be "
+                         "told apart; exclude this layer")
 
 # %% ../../nbs/4_learn/00_activations.ipynb #bd1e8e9a
 _Take = Callable[[str, Tensor], None] # what to do with a layer's rows (n, i)
 
 @contextmanager
-def _reading(layers:Mapping[str, nn.Module], batch:Batch, take:_Take, device:torch.device|str|None=None) -> Iterator[set[str]]:
-    "Hand each layer's completion rows to `take` while the block lasts; yields the names that were read, filled by a forward."
-    read, last = set(), [None, None]
+def _reading(layers:Mapping[str, nn.Module], batch:Batch, take:_Take, device:torch.device|str|None=None) -> Iterator[None]:
+    "Hand each layer's completion rows to `take` while the block lasts. `ValueError` at its end for a layer that had none."
+    read, odd, last = set(), {}, [None, None]
     def hook(name:str):
         def note(layer, args, kwargs):
             x = layer_input(args, kwargs)
-            if x is not last[0]: last[:] = x, _completion_rows(name, x, batch, device)
+            if not _fits(x, batch):
+                odd[name] = tuple(x.shape)
+                return
+            if x is not last[0]: last[:] = x, _completion_rows(x, batch, device)
             take(name, last[1])
             read.add(name)
         return note
     with ExitStack() as leave:
         for name, layer in layers.items(): leave.callback(layer.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
-        yield read
+        yield
+    _check_read(layers, read, odd, batch)
 
 # %% ../../nbs/4_learn/00_activations.ipynb #aed362e1
 def _body(model:nn.Module, layers:Mapping[str, nn.Module]) -> nn.Module:
@@ -76,8 +90,7 @@ def _read_side(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Ba
     with evaluating(model):
         for batch in runs:
             batch = _first_targets(batch, limit - count)
-            with _reading(layers, batch, take, device) as read: inner(**batch.inputs(start))
-            if silent := sorted(set(layers) - read): raise ValueError(f"{silent[0]} was not called by the model; exclude it")
+            with _reading(layers, batch, take, device): inner(**batch.inputs(start))
             count += int(batch.is_target.sum())
             if count >= limit: break
 
@@ -97,11 +110,11 @@ def _wanted(max_tokens:int|None) -> float:
         raise ValueError(f"max_tokens must be at least 2 (a spread needs two rows), or None for all, got {max_tokens}")
     return math.inf if max_tokens is None else float(max_tokens)
 
-def _runs_of(tok:PreTrainedTokenizerBase, records:Sequence[dict], side:str, batch_size:int) -> Iterator[Batch]:
+def _runs_of(model:nn.Module, tok:PreTrainedTokenizerBase, records:Sequence[dict], side:str, batch_size:int) -> Iterator[Batch]:
     "One side of the records in batches, with a progress bar."
     check_count("batch_size", batch_size)
     total = math.ceil(len(records) / batch_size)
-    yield from tqdm(batches(tok, records, side, batch_size), desc=f"capture {side}", total=total, leave=False, delay=1)
+    yield from tqdm(batches(tok, records, side, batch_size, room=room_of(model)), desc=f"capture {side}", total=total, leave=False, delay=1)
 
 def by_layer(by_side:Mapping[str, Mapping]) -> dict:
     "From side -> layer to layer -> side; a single text has no sides."
@@ -118,7 +131,7 @@ def capture_activations(model:nn.Module, tok:PreTrainedTokenizerBase,
     "Inputs of each target layer on completion tokens, float32 on the CPU. `ValueError` for records of no kind or routed layers."
     model = inner_model(model)
     limit, layers, sides = _wanted(max_tokens), find_targets(model, cfg), sides_of(records)
-    return by_layer({side: stored(model, layers, _runs_of(tok, records, side, batch_size), limit) for side in sides})
+    return by_layer({side: stored(model, layers, _runs_of(model, tok, records, side, batch_size), limit) for side in sides})
 
 # %% ../../nbs/4_learn/00_activations.ipynb #51eef3ed
 def _streamed(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Batch], limit:float, frames:Mapping[str, tuple]
@@ -127,7 +140,7 @@ def _streamed(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Bat
     total = {name: ProjectionStats.of(S.new_zeros(0, len(S))) for name, (S, _) in frames.items()}
     def take(name:str, rows:Tensor) -> None: total[name] = total[name].merge(_on_cpu(project(rows, frames[name][1], name)))
     _read_side(model, layers, runs, limit, take)
-    return {name: replace(stats, S=frames[name][0]) for name, stats in total.items()}
+    return {name: replace(stats, S=frames[name][0], name=name) for name, stats in total.items()}
 
 def _on_cpu(stats:ProjectionStats) -> ProjectionStats:
     return replace(stats, mean=stats.mean.cpu(), m2=stats.m2.cpu(), mean_abs=stats.mean_abs.cpu())
@@ -145,4 +158,4 @@ def capture_statistics(model:nn.Module, tok:PreTrainedTokenizerBase,
     limit, layers, sides = _wanted(max_tokens), find_targets(model, cfg), sides_of(records)
     check_after(model, after)
     frames = {name: (S.cpu(), Vh.cpu() if offloading(layers[name]) else Vh) for name, (_, S, Vh) in directions(layers, after)}
-    return by_layer({side: _streamed(model, layers, _runs_of(tok, records, side, batch_size), limit, frames) for side in sides})
+    return by_layer({side: _streamed(model, layers, _runs_of(model, tok, records, side, batch_size), limit, frames) for side in sides})

@@ -22,7 +22,7 @@ Gradient = list[Tensor] # one tensor per parameter
 
 def sample_rows(indices:Sequence[int], values:Mapping[str, Tensor]) -> list[dict]:
     "Per-sample values as one dict per sample."
-    columns = {key: v.detach().double().tolist() for key, v in values.items()}
+    columns = dict(zip(values, torch.stack([v.detach() for v in values.values()]).tolist()))
     return [dict(sample=i, **{key: column[k] for key, column in columns.items()}) for k, i in enumerate(indices)]
 
 def gradients(losses:Losses, indices:Sequence[int], params:Sequence[Tensor], names:Sequence[str], size:int
@@ -70,9 +70,10 @@ def together(act:Callable[[], object], world:int) -> None:
     if messages: raise OSError(messages[0])
 
 # %% ../../nbs/4_learn/04_batch.ipynb #286c21d6
-def norm(gradient:Gradient) -> float: # one wait for the device, not one per parameter
-    parts = torch._foreach_norm(gradient)
-    return math.hypot(*torch.stack([n.double().to(parts[0].device) for n in parts]).tolist())
+def norm(gradient:Gradient) -> float:
+    "Over all parameters. An accelerator is waited for once, not once per parameter."
+    norms = torch._foreach_norm(gradient)
+    return math.hypot(*torch.stack([n.to(norms[0].device) for n in norms]).tolist())
 
 def added(parts:list[Gradient]) -> Gradient:
     for part in parts[1:]: torch._foreach_add_(parts[0], part)

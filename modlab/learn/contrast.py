@@ -28,7 +28,7 @@ from .settings import TrainConfig, check_validation, with_rate
 from .trainer import (Front, TrainRun, check_rounds, encode_answer, identity_of, on_top, reference_states,
                                   row_means)
 from ..maths.divergence import kl_rev, token_nll
-from ..model.layers import device_of
+from ..model.layers import device_of, inner_model, room_of
 from ..model.readout import Readout, answer_ids
 from ..model.text import Batch, Encoded, collate, sides_of
 
@@ -54,7 +54,7 @@ def rows_of(pairs:Sequence[Pair]) -> list[Encoded]: # all chosen, then all rejec
 def _four_rows(pairs:Sequence[Pair], C:float, pad:int) -> tuple[Batch, Float[Tensor, "b"]]: # (batch, its doses)
     "Chosen and rejected at `+C`, then at `-C`: four rows per pair."
     rows = rows_of(pairs)
-    return collate(rows * 2, pad), torch.tensor([C, -C]).repeat_interleave(len(rows))
+    return collate(rows * 2, pad), torch.tensor([C, -C], device="cpu").repeat_interleave(len(rows))
 
 def row_nll(readout:Readout, batch:Batch) -> Float[Tensor, "b"]:
     "Mean NLL of each row's answer at the current dose, in nats per token."
@@ -62,22 +62,22 @@ def row_nll(readout:Readout, batch:Batch) -> Float[Tensor, "b"]:
     return row_means(token_nll(logits, answer_ids(batch).to(logits.device)), batch)
 
 # %% ../../nbs/4_learn/10_contrast.ipynb #fa53c68c
-def _encode_pair(tok:PreTrainedTokenizerBase, pair:dict, n:int, max_len:int, same:bool) -> Pair:
+def _encode_pair(tok:PreTrainedTokenizerBase, pair:dict, n:int, max_len:int, same:bool, room:int|None) -> Pair:
     "Pair `n`. `ValueError`, with its number: a side without tokens, or, unless `same` is allowed, two equal sides."
     sides = {}
     for side in ("cho", "rej"):
-        try: sides[side] = encode_answer(tok, pair, side, max_len)
+        try: sides[side] = encode_answer(tok, pair, side, max_len, room)
         except ValueError as e: raise ValueError(f"pair {n}, {side}: {e}") from e
     if sides["cho"] == sides["rej"] and not same:
         raise ValueError(f"pair {n}: cho and rej are the same tokens within max_len={max_len}, with nothing to tell apart; "
                          "leave the pair out, or raise max_len if they were cut")
     return Pair(n, **sides)
 
-def encode_pairs(tok:PreTrainedTokenizerBase, pairs:Sequence[dict], max_len:int, same:bool=False) -> list[Pair]:
+def encode_pairs(tok:PreTrainedTokenizerBase, pairs:Sequence[dict], max_len:int, same:bool=False, room:int|None=None) -> list[Pair]:
     "All pairs as token ids. `ValueError` for samples, or naming the first pair that cannot be used."
     if sides_of(pairs) != ("cho", "rej"):
         raise ValueError("record 0 is a sample {prompt, completion}, expected pairs {prompt, cho, rej}; heal trains on samples")
-    return [_encode_pair(tok, pair, n, max_len, same) for n, pair in enumerate(pairs)]
+    return [_encode_pair(tok, pair, n, max_len, same, room) for n, pair in enumerate(pairs)]
 
 # %% ../../nbs/4_learn/10_contrast.ipynb #ea5f7f61
 @dataclass(frozen=True)
@@ -193,8 +193,8 @@ def contrast(model:nn.Module, # that the adapter was built on
     _FRONT.check(adapter, pairs, history, late)
     cfg = with_rate(_FRONT.settings(cfg), adapter, "contrast")
     check_entry(adapter, model)
-    with run_file(resume, device_of(model.get_input_embeddings())) as file:
-        encoded = encode_pairs(tok, pairs, cfg.max_len)
+    with run_file(resume, device_of(inner_model(model).get_input_embeddings())) as file:
+        encoded = encode_pairs(tok, pairs, cfg.max_len, room=room_of(model))
         if len(encoded) < cfg.batch_size:
             raise ValueError(f"{len(encoded)} pairs are fewer than batch_size={cfg.batch_size}; give more, or lower batch_size")
         check_validation(len(encoded), cfg)

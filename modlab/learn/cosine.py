@@ -22,6 +22,7 @@ from .batch import inner
 from .contrast import Pair, encode_pairs, row_nll, rows_of
 from .settings import TrainConfig
 from .trainer import Front, on_top
+from ..model.layers import room_of
 from ..model.readout import Readout
 from ..model.targets import block_of, block_stacks, role_of
 from ..model.text import check_count, collate
@@ -89,7 +90,7 @@ def gradient_cosine(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:object
     if loss not in ("nll", "margin"): raise ValueError(f"unknown loss {loss!r}; give nll or margin")
     if not (math.isfinite(c) and c > 0): raise ValueError(f"c must be positive, got {c}; the branches are at +c and -c")
     check_count("batch_size", batch_size, 1)
-    encoded = encode_pairs(tok, pairs, max_len, same=loss == "nll")
+    encoded = encode_pairs(tok, pairs, max_len, same=loss == "nll", room=room_of(model))
     plus, minus = _branches(model, adapter, encoded, batch_size, c, loss, tok.pad_token_id or 0)
     layers = [name.partition(".")[2] for name, _ in adapter.named_parameters()]  # A.layer, B.layer, … -> layer
     places = {name: [n for n, layer in enumerate(layers) if layer == name] for name in adapter.layers}

@@ -26,14 +26,14 @@ from .runfile import RunFile
 from .settings import TrainConfig, check_validation, with_rate
 from .trainer import (Front, States, TrainRun, check_rounds, counts, encode_answer, identity_of, is_records, on_top,
                                   reference_states, row_means)
-from ..maths.divergence import AGGREGATES, aggregate, barrier, kl_fwd, kl_rev, token_nll
-from ..model.layers import device_of
+from ..maths.divergence import AGGREGATES, aggregate, barrier, kl_between, log_probs
+from ..model.layers import device_of, inner_model, room_of
 from ..model.readout import Readout, answer_ids
 from ..model.targets import LoRAConfig
 from ..model.text import Encoded, check_count, collate, sides_of
 
 # %% ../../nbs/4_learn/08_heal.ipynb #9f742e37
-_KINDS = dict(kl_rev=kl_rev, kl_fwd=kl_fwd) # the kinds with a barrier
+_KINDS = dict(kl_rev=kl_between, kl_fwd=lambda student, reference: kl_between(reference, student)) # the kinds with a barrier
 _CHOICES = dict(reg=("nll", *_KINDS, "wd"), kl_agg=tuple(AGGREGATES), barrier_ref=("base", "prev"))
 
 def _check_choices(cfg:"HealConfig") -> None:
@@ -73,7 +73,7 @@ class HealConfig(TrainConfig):
     def decay(self) -> float: return self.lam if self.reg == "wd" else self.weight_decay
 
 # %% ../../nbs/4_learn/08_heal.ipynb #d45cd0fd
-def _encode_samples(tok:PreTrainedTokenizerBase, samples:Sequence[dict], cfg:HealConfig) -> list[Encoded]:
+def _encode_samples(tok:PreTrainedTokenizerBase, samples:Sequence[dict], cfg:HealConfig, room:int|None=None) -> list[Encoded]:
     "All samples as token ids. `ValueError` naming the first that cannot be used, or if there are too few."
     if sides_of(samples) != ("completion",):
         raise ValueError("sample 0 is a pair {prompt, cho, rej}; heal trains on {prompt, completion}: take one side of each pair")
@@ -82,7 +82,7 @@ def _encode_samples(tok:PreTrainedTokenizerBase, samples:Sequence[dict], cfg:Hea
     check_validation(len(samples), cfg)
     encoded = []
     for n, sample in enumerate(samples):
-        try: encoded.append(encode_answer(tok, sample, "completion", cfg.max_len))
+        try: encoded.append(encode_answer(tok, sample, "completion", cfg.max_len, room))
         except ValueError as e: raise ValueError(f"sample {n}: {e}") from e
     return encoded
 
@@ -105,19 +105,23 @@ class _Losses:
 
     def __call__(self, indices:list[int]) -> dict[str, Float[Tensor, "b"]]:
         batch = collate([self.encoded[n] for n in indices], self.pad)
-        logits = self.readout.logits(self.readout.states(batch))
-        nll = row_means(token_nll(logits, answer_ids(batch).to(logits.device)), batch)
+        p = log_probs(self.readout.logits(self.readout.states(batch))) # of the likelihood and of the divergence
+        nll = row_means(-p.gather(-1, answer_ids(batch).to(p.device)[:, None])[:, 0], batch)
         if self.reference is None: return dict(nll=nll, loss=nll)
-        logits = logits if self.cfg.lam else logits.detach()
-        return self.held_back(nll, logits, torch.cat([self.reference[n] for n in indices]), counts(batch))
+        with torch.no_grad(): q = log_probs(self.readout.logits(torch.cat([self.reference[n] for n in indices]).to(p.device)))
+        return self.held_back(nll, p, q, counts(batch))
 
-    def held_back(self, nll:Float[Tensor, "b"], logits:Float[Tensor, "n v"], kept:Float[Tensor, "n d"], sizes:list[int]
+    def held_back(self, nll:Float[Tensor, "b"], p:Float[Tensor, "n v"], q:Float[Tensor, "n v"], sizes:list[int]
                  ) -> dict[str, Float[Tensor, "b"]]:
-        with torch.no_grad(): reference = self.readout.logits(kept.to(logits.device))
-        kl = torch.stack([aggregate(k, self.cfg.kl_agg) for k in _KINDS[self.cfg.reg](logits, reference).split(sizes)])
-        over = torch.stack([barrier(k, self.cfg.tau) for k in kl])
-        over = over if over.any() else over.detach()  # no sample is beyond tau: no gradient, and no backward
+        "With the barrier. It has a gradient, which takes a second pass over the vocabulary, only where a sample is beyond tau."
+        with torch.no_grad(): kl, over = self.divergence(p, q, sizes)
+        if self.cfg.lam and p.requires_grad and over.any(): kl, over = self.divergence(p, q, sizes)
         return dict(nll=nll, kl=kl, barrier=over, loss=nll + self.cfg.lam * over)
+
+    def divergence(self, p:Float[Tensor, "n v"], q:Float[Tensor, "n v"], sizes:list[int]) -> tuple[Float[Tensor, "b"], ...]:
+        "The KL of each sample, and how far it is beyond tau."
+        kl = torch.stack([aggregate(k, self.cfg.kl_agg) for k in _KINDS[self.cfg.reg](p, q).split(sizes)])
+        return kl, torch.stack([barrier(k, self.cfg.tau) for k in kl])
 
     @property
     def terms(self) -> dict[str, float]: # whose gradients are measured separately
@@ -194,8 +198,8 @@ def heal(model:nn.Module, # any Hugging Face causal LM; it is frozen
     _FRONT.check(adapter, samples, history, late)
     cfg = _FRONT.settings(cfg)
     if adapter is not None: check_entry(adapter, model)
-    with run_file(resume, device_of(model.get_input_embeddings())) as file:
-        encoded = _encode_samples(tok, samples, cfg)
+    with run_file(resume, device_of(inner_model(model).get_input_embeddings())) as file:
+        encoded = _encode_samples(tok, samples, cfg, room_of(model))
         _check_history(model, history, adapter, cfg)
         adapter = adapter or _made(model, cfg)
         cfg = with_rate(cfg, adapter, "heal")

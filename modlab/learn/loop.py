@@ -19,7 +19,6 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from .batch import (Gradient, Losses, added, averages, first_only, gradients, norm, processes, sample_rows,
                                 shared, together)
@@ -37,6 +36,11 @@ def run_file(path:str|Path|None, device:torch.device) -> Iterator[RunFile]:
         yield file
 
 # %% ../../nbs/4_learn/05_loop.ipynb #e47850ec
+def _share_of_rate(step:int, rising:int, steps:int) -> float:
+    "Of the highest learning rate: a straight line up to 1, then half a cosine down to 0."
+    if step < rising: return step / rising
+    return (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
+
 class _Training:
     def __init__(self, adapter:object, losses:Losses, n:int, cfg:TrainConfig, terms:Mapping[str, float], combine:Callable|None,
                  tidy:Callable[[pd.DataFrame], pd.DataFrame]):
@@ -48,8 +52,9 @@ class _Training:
         self.steps = cfg.epochs * math.ceil(len(self.train) / self.size)
         self.every = cfg.log_every or max(1, self.steps // 20)
         rising = min(math.ceil(cfg.warmup_ratio * self.steps), self.steps - 1) # the rate rises from 0; one step must follow
-        self.optimizer = torch.optim.AdamW(self.params, cfg.lr, tuple(map(float, cfg.betas)), weight_decay=cfg.decay)
-        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, rising, self.steps)
+        self.optimizer = torch.optim.AdamW(self.params, cfg.lr, tuple(map(float, cfg.betas)), weight_decay=cfg.decay,
+                                           fused=True) # one kernel for all parameters
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _share_of_rate(step, rising, self.steps))
         self.step, self.rows, self.best = 0, [], {} # best: the parameters with the lowest validation loss, if they are asked for
 
     def plan(self, epoch:int) -> list[list[int]]:

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import logging
-import pickle
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,13 +27,25 @@ def digest(value:object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=raw).encode()).hexdigest()[:16]
 
 # %% ../../nbs/4_learn/03_runfile.ipynb #225a7acd
+def _loaded(path:Path) -> object:
+    "What is in the file; `OSError` for whatever the reader throws at a damaged one."
+    try: return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e: raise OSError(f"{path}: not the file of a training run ({type(e).__name__}); give another path") from e
+
+def _whole(state:Mapping[str, object]) -> bool:
+    "Is this what was written?"
+    rest = {key: value for key, value in state.items() if key != "digest"}
+    try: return state.get("digest") == digest(rest)
+    except (TypeError, ValueError, AttributeError, RecursionError): return False # values that no run writes
+
 def _read(path:Path, identity:Mapping[str, object], parts:Iterable[str]) -> dict:
-    "`OSError` if the file is not a run's, `ValueError` if it is another run's."
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, LookupError, ValueError) as e:
-        raise OSError(f"{path}: not the file of a training run ({type(e).__name__}); give another path") from e
+    "`OSError` if the file is not a run's or is damaged, `ValueError` if it is another run's."
+    state = _loaded(path)
     if not isinstance(state, dict) or not {"identity", *parts} <= set(state):
         raise OSError(f"{path}: a torch file, but not that of a training run; give another path")
+    if not _whole(state):
+        raise OSError(f"{path}: damaged, its content is not what was written (the digest differs); give another path, or remove it "
+                      "to start anew")
     _check_identity(path, state["identity"], identity)
     return state
 
@@ -74,7 +85,7 @@ def _try_room(path:Path, size:int) -> None:
 def _write(path:Path, state:Mapping[str, object]) -> None:
     "Replace the file in one step."
     buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
+    torch.save({**state, "digest": digest(state)}, buffer)
     _put(_half(path), [buffer.getbuffer()])
     _half(path).replace(path)
 

@@ -11,12 +11,11 @@ import html
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import pandas as pd
 import torch
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +30,8 @@ from ..model.ledger import extraction_ids
 from ..model.readout import Readout, answer_rows
 from ..model.targets import linear_layers
 from ..model.text import Batch, Encoded, collate, encode_side, has_answer
+
+if TYPE_CHECKING: import matplotlib
 
 # %% ../../nbs/4_learn/07_trainer.ipynb #1b367c13
 def _name(given:object) -> str: return f"a {type(given).__name__}"
@@ -82,9 +83,9 @@ class Front:
         return _settings(self, cfg)
 
 # %% ../../nbs/4_learn/07_trainer.ipynb #fecc5639
-def encode_answer(tok:PreTrainedTokenizerBase, record:dict, side:str, max_len:int) -> Encoded:
+def encode_answer(tok:PreTrainedTokenizerBase, record:dict, side:str, max_len:int, room:int|None=None) -> Encoded:
     "`ValueError`: no text, or no answer token that something predicts."
-    if has_answer(encoded := encode_side(tok, record, side, max_len)): return encoded
+    if has_answer(encoded := encode_side(tok, record, side, max_len, room)): return encoded
     full = len(encoded[0]) == max_len
     why = f"the prompt fills max_len={max_len}; raise it or shorten the prompt" if full else "give it some text"
     raise ValueError(f"no token of the completion is left to learn from: {why}")
@@ -161,7 +162,7 @@ class TrainRun:
     def __repr__(self) -> str: return f"{_headline(self)}\n{self.adapter!r}"
     def _repr_html_(self) -> str: return _by_epoch(self)
 
-    def plot(self, ax:Axes|None=None) -> Axes:
+    def plot(self, ax:"matplotlib.axes.Axes|None"=None) -> "matplotlib.axes.Axes":
         "Train and validation curves of the run."
         from modlab.show.plots import plot_nll
         ax = plot_nll(self.curve(), ax, self.column)

@@ -96,7 +96,11 @@ def fold(W:Float[Tensor, "o i"], # a weight of any float dtype; not modified
     "`W + up · diag(gain) · down`, accumulated in float32 at least and rounded once. `ValueError` if the gain has rows."
     _check_no_rows(m, "folded: a weight has no rows")
     wide = torch.promote_types(W.dtype, torch.float32)
-    return torch.addmm(W.to(wide), m.up.to(wide) * m.gain.to(wide), m.down.to(wide)).to(W.dtype)
+    up, down = m.up.to(wide) * m.gain.to(wide), m.down.to(wide)
+    if W.dtype == wide: return torch.addmm(W, up, down)
+    delta = up @ down
+    if delta.requires_grad or W.requires_grad: return (W + delta).to(W.dtype)
+    return torch.add(W, delta, out=torch.empty_like(W)) # added in float32 and rounded as it is written: no float32 copy of W
 
 # %% ../../nbs/1_maths/00_lowrank.ipynb #0cb2987b
 def _recompress(m:LowRank, # rank R, one gain per direction

@@ -6,9 +6,11 @@
 __all__ = ['readings', 'compare', 'states_at', 'bar_options', 'check_doses', 'kl_curve']
 
 # %% ../../nbs/5_measure/00_dose.ipynb #4838026b
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import pandas as pd
@@ -20,10 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
 from ..adapters.hooks import check_model
-from ..maths.divergence import AGGREGATES, aggregate, kl_fwd, kl_rev, token_nll
+from ..maths.divergence import AGGREGATES, aggregate, divergences, kl_between, log_probs, token_nll
+from ..model.layers import room_of
 from ..model.loading import evaluating
 from ..model.readout import Readout, answer_ids, answer_rows
-from ..model.text import Batch, encode_sides, in_batches, sides_of
+from ..model.rows import NoRows
+from ..model.text import Batch, Encoded, encode_sides, in_batches, sides_of
 
 # %% ../../nbs/5_measure/00_dose.ipynb #df6b45c6
 @dataclass(frozen=True)
@@ -38,28 +42,65 @@ def readings(readout:Readout, text:Sequence[Batch],
              bar:Mapping, # keywords of tqdm
             ) -> list[_Reading]:
     "Read every batch at the current dose, which should be 0."
-    first = [0, *torch.tensor([len(b.input_ids) for b in text]).cumsum(0).tolist()]
+    first = [0, *accumulate(len(b.input_ids) for b in text)]
     bars = tqdm(text, desc="reference", leave=False, delay=1, **bar)
     return [_Reading(b, answer_ids(b), answer_rows(b) + n, readout.states(b)) for b, n in zip(bars, first)]
 
 # %% ../../nbs/5_measure/00_dose.ipynb #575103f4
-_CHUNK = 256 # tokens whose logits are in memory at a time, once for the reference and once for a dose
+_CHUNK = 128 # tokens whose logits are in memory at a time, once for the reference and once for a dose
 _KEYS = ("kl_rev", "kl_fwd", "nll") # per token, in nats
+
+def _careful(p:Float[Tensor, "n v"], q:Float[Tensor, "n v"], ids:Int[Tensor, "n"]) -> Float[Tensor, "3 n"]:
+    "As `divergences`, where words may have probability 0."
+    return torch.stack([kl_between(p, q), kl_between(q, p), -p.gather(-1, ids[:, None])[:, 0]])
+
+def _chunk(readout:Readout, reference:Float[Tensor, "m d"], ids:Int[Tensor, "m"], states:Sequence[Float[Tensor, "m d"]]
+          ) -> Float[Tensor, "c 3 m"]: # on the CPU
+    q = log_probs(readout.logits(reference))
+    found = torch.stack([divergences(log_probs(readout.logits(h)), q, ids) for h in states]).cpu()
+    for n in found.isnan().flatten(1).any(1).nonzero().flatten().tolist():
+        found[n] = _careful(log_probs(readout.logits(states[n])), q, ids).cpu()
+    return found
 
 def compare(readout:Readout, r:_Reading, states:Sequence[Float[Tensor, "n d"]]) -> Float[Tensor, "c 3 n"]:
     "kl_rev, kl_fwd and nll of every token of a reading, for the states at several doses; nats."
-    parts = []
-    for rows in torch.arange(len(r.ids)).split(_CHUNK):
-        base, ids = readout.logits(r.reference[rows]), r.ids[rows].to(r.reference.device)
-        logits = (readout.logits(h[rows]) for h in states)
-        parts.append(torch.stack([torch.stack([kl_rev(y, base), kl_fwd(y, base), token_nll(y, ids)]) for y in logits]).cpu())
-    return torch.cat(parts, -1)
+    parts = zip(*(h.split(_CHUNK) for h in states))
+    chunks = zip(r.reference.split(_CHUNK), r.ids.to(r.reference.device).split(_CHUNK), parts)
+    return torch.cat([_chunk(readout, *chunk) for chunk in chunks], -1)
 
-def states_at(adapter:Adapter, readout:Readout, batch:Batch, cs:Sequence[float]) -> Iterator[Float[Tensor, "n d"]]:
-    "What the model makes of a batch, dose after dose. The adapter is attached."
+# %% ../../nbs/5_measure/00_dose.ipynb #4f90c2d7
+_logger = logging.getLogger("modlab")
+_BUSY = dict(cpu=1024) # tokens per forward; what is no CPU takes 4096
+
+def _repeated(b:Batch, n:int) -> Batch:
+    return Batch(*(t.repeat(n, 1) for t in (b.input_ids, b.attention_mask, b.is_target)))
+
+def _one_by_one(adapter:Adapter, readout:Readout, batch:Batch, cs:Sequence[float]) -> Iterator[Float[Tensor, "n d"]]:
+    "Dose after dose. The adapter is attached."
     for c in cs:
         adapter.set_coeff(c)
         yield readout.states(batch)
+
+def _as_rows(adapter:Adapter, readout:Readout, batch:Batch, cs:Sequence[float]) -> Sequence[Float[Tensor, "n d"]]:
+    "All doses in one forward."
+    adapter.set_coeff(torch.tensor(cs).repeat_interleave(len(batch.input_ids)))
+    return readout.states(_repeated(batch, len(cs))).split(len(answer_ids(batch)))
+
+def states_at(adapter:Adapter, readout:Readout, batch:Batch, cs:Sequence[float],
+              reference:Float[Tensor, "n d"]|None=None, # the states at c = 0, where they are known
+             ) -> list[Float[Tensor, "n d"]]:
+    "What the model makes of a batch at each dose. The adapter is attached."
+    states = {} if reference is None else {0.0: reference}
+    wanted = [c for c in dict.fromkeys(cs) if c not in states]
+    size = 1 if readout.direct else max(1, _BUSY.get(readout.device.type, 4096) // batch.input_ids.numel())
+    for part in (wanted[k:k + size] for k in range(0, len(wanted), size)):
+        run = _as_rows if len(part) > 1 and readout.rowwise else _one_by_one
+        try: states |= zip(part, run(adapter, readout, batch, part))
+        except NoRows as e:
+            _logger.info("one dose per forward: %s", e)
+            readout.rowwise = False
+            states |= zip(part, _one_by_one(adapter, readout, batch, part))
+    return [states[c] for c in cs]
 
 # %% ../../nbs/5_measure/00_dose.ipynb #ee5496fb
 def bar_options(progress:bool) -> dict: # keywords of tqdm
@@ -81,12 +122,15 @@ def _summary(tokens:Float[Tensor, "3 n"]) -> dict[str, float]:
     return row | dict(nll=by_key["nll"].mean().item())
 
 # %% ../../nbs/5_measure/00_dose.ipynb #10703a47
+def _nll(readout:Readout, h:Float[Tensor, "n d"], ids:Int[Tensor, "n"]) -> Float[Tensor, ""]:
+    "The summed NLL of all tokens, some at a time."
+    parts = zip(h.split(_CHUNK), ids.to(h.device).split(_CHUNK))
+    return sum(token_nll(readout.logits(part), came).double().sum() for part, came in parts)
+
 def _rejected_nll(adapter:Adapter, readout:Readout, text:Sequence[Batch], cs:Sequence[float]) -> list[float]:
     "Mean NLL of the rejected answers at each dose."
-    total = torch.zeros(len(cs), dtype=torch.float64)
-    for b in text:
-        states = states_at(adapter, readout, b, cs)
-        total += torch.stack([token_nll(readout.logits(h), answer_ids(b).to(h.device)).double().sum() for h in states]).cpu()
+    total = torch.zeros(len(cs), dtype=torch.float64, device="cpu")
+    for b in text: total += torch.stack([_nll(readout, h, answer_ids(b)) for h in states_at(adapter, readout, b, cs)]).cpu()
     return (total / sum(len(answer_ids(b)) for b in text)).tolist()
 
 def _table(cs:Sequence[float], tokens:Float[Tensor, "c 3 n"], rejected:Sequence[float]|None) -> pd.DataFrame:
@@ -96,6 +140,10 @@ def _table(cs:Sequence[float], tokens:Float[Tensor, "c 3 n"], rejected:Sequence[
     return table.assign(n_tokens=tokens.shape[-1])
 
 # %% ../../nbs/5_measure/00_dose.ipynb #6bd01d65
+def _by_length(encoded:Sequence[Mapping[str, Encoded]], side:str) -> list[Encoded]:
+    "One side of all records, the short ones first: batches of equal lengths have no padding."
+    return sorted((answers[side] for answers in encoded), key=lambda e: len(e[0]))
+
 @torch.no_grad()
 def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # detached
              records:Sequence[dict], # pairs {prompt, cho, rej} or samples {prompt, completion}
@@ -108,11 +156,11 @@ def kl_curve(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, # de
     chosen answers or completions; their nll; for pairs also nll_rej and margin = nll_rej − nll; n_tokens."""
     cs, sides, bar = check_doses(cs), sides_of(records), bar_options(progress)
     check_model(adapter, model)
-    encoded = encode_sides(tok, records, max_len, sides)
-    text = {side: list(in_batches(tok, [answers[side] for answers in encoded], batch_size)) for side in sides}
+    encoded = encode_sides(tok, records, max_len, sides, room_of(model))
+    text = {side: list(in_batches(tok, _by_length(encoded, side), batch_size)) for side in sides}
     with evaluating(model), adapter(model, 0.0):
         readout = Readout(model, text[sides[0]][0], [adapter])
         references = tqdm(readings(readout, text[sides[0]], bar), desc="doses", leave=False, delay=1, **bar)
-        parts = [compare(readout, r, list(states_at(adapter, readout, r.batch, cs))) for r in references]
+        parts = [compare(readout, r, states_at(adapter, readout, r.batch, cs, r.reference)) for r in references]
         rejected = None if len(sides) == 1 else _rejected_nll(adapter, readout, text[sides[1]], cs)
     return _table(cs, torch.cat(parts, -1), rejected)

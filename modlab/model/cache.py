@@ -11,47 +11,23 @@ import os
 import secrets
 import shutil
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ..maths.svd import SVD, check_weight, thin_svd
-from .ledger import remaining
+from ..maths.lowrank import LowRank
+from ..maths.svd import SVD, FirstSVD, check_weight, deflated, first_svd, thin_svd
+from .ledger import extraction_ids, ledger_of, remaining, whole_weight
 from .loading import cache_dir, sweep
-
-# %% ../../nbs/2_model/07_cache.ipynb #604bbabb
-def _workers(weights:Mapping[str, Tensor]) -> int: # at least 1
-    "Layers at a time: one per core, at most 8 (each holds float64 copies); one where a weight lies on an accelerator."
-    if any(W.device.type != "cpu" for W in weights.values()): return 1
-    return max(1, min(torch.get_num_threads(), len(weights), 8))
-
-def _in_order(jobs:Mapping[str, Tensor], # what to hand out
-              job:Callable[[Tensor], object], # what to do with each
-             ) -> Iterator[tuple]:
-    "`(name, job(value))` in the order of `jobs`, from a pool of threads that have one BLAS thread each."
-    threads, count, waiting, running = torch.get_num_threads(), _workers(jobs), iter(jobs.items()), deque()
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-    one = threadpool_limits(1, user_api="blas") # NumPy has threads of its own, which PyTorch does not control
-    try:
-        for _ in tqdm(jobs, desc="SVD", leave=False, delay=1):
-            while len(running) < 2 * count and (item := next(waiting, None)):
-                running.append((item[0], pool.submit(job, item[1])))
-            name, result = running.popleft()
-            yield name, result.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        one.restore_original_limits()
-        torch.set_num_threads(threads)
+from .pool import in_order
 
 # %% ../../nbs/2_model/07_cache.ipynb #72610e5b
 _ALGORITHM = 1 # of `thin_svd`: to be raised whenever its results change
@@ -70,7 +46,7 @@ def _key(W:Tensor) -> str:
 # %% ../../nbs/2_model/07_cache.ipynb #ef0f2c60
 def _packed(key:str, svd:SVD) -> bytes:
     "The content of a file."
-    digest = torch.tensor(list(_digest(key, svd)), dtype=torch.uint8)
+    digest = torch.tensor(list(_digest(key, svd)), dtype=torch.uint8, device="cpu")
     return save(dict(zip(("U", "S", "Vh"), (T.contiguous() for T in svd))) | {"digest": digest})
 
 def _unpacked(key:str, data:bytes, shape:Sequence[int]) -> SVD:
@@ -86,23 +62,36 @@ def _unpacked(key:str, data:bytes, shape:Sequence[int]) -> SVD:
     return svd
 
 # %% ../../nbs/2_model/07_cache.ipynb #7f28c75d
+_MEMORY = OrderedDict() # key -> SVD: what was computed or read last comes last
+
 class _Store:
     "A folder of decompositions. What there is to say is collected in `notes`, since worker threads should not warn."
     def __init__(self, folder:Path, limit:int):
         self.folder, self.limit, self.notes, self.writable = folder, limit, deque(), True
 
-    def get(self, W:Tensor) -> SVD:
-        "The decomposition of `W`: read if it is there, else computed and written."
+    def get(self, W:Tensor, compute:bool=True) -> SVD|None:
+        "The decomposition of `W`: remembered, or read if it is there, else computed and written, or None."
         key = _key(W)
-        path = self.folder / f"{key}.safetensors"
+        svd = _MEMORY.get(key) or self.read(key, W.shape) or (self.made(key, W) if compute else None)
+        if svd is None: return None
+        _MEMORY[key] = svd
+        with suppress(KeyError): _MEMORY.move_to_end(key) # another thread may have made room
+        return svd[0], svd[1].clone(), svd[2] # callers keep S, and may write into what they keep
+
+    def path(self, key:str) -> Path: return self.folder / f"{key}.safetensors"
+    def read(self, key:str, shape:Sequence[int]) -> SVD|None:
+        "From the disk."
+        path = self.path(key)
         try:
-            svd = _unpacked(key, path.read_bytes(), W.shape)
+            svd = _unpacked(key, path.read_bytes(), shape)
             with suppress(OSError): os.utime(path) # what was not read for longest is deleted first
             return svd
-        except FileNotFoundError: pass
+        except FileNotFoundError: return None
         except (OSError, ValueError) as e: self.notes.append(f"{path} cannot be used ({e}): this SVD is computed again")
+
+    def made(self, key:str, W:Tensor) -> SVD:
         svd = thin_svd(W)
-        if self.writable: _write(self, path, _packed(key, svd))
+        if self.writable: _write(self, self.path(key), _packed(key, svd))
         return svd
 
 # %% ../../nbs/2_model/07_cache.ipynb #55b74174
@@ -116,6 +105,11 @@ def _write(store:_Store, path:Path, data:bytes) -> None:
         if store.writable: store.notes.append(f"the SVD cache {store.folder} cannot be written ({e}): results are not kept")
         store.writable = False
         with suppress(OSError): half.unlink(missing_ok=True)
+
+def _forget(limit:int) -> None:
+    "Drop what was not asked for longest from memory, until the rest fits under the limit."
+    size = sum(t.nbytes for svd in _MEMORY.values() for t in svd)
+    while size > limit: size -= sum(t.nbytes for t in _MEMORY.popitem(last=False)[1])
 
 def _evict(folder:Path, limit:int) -> None:
     "Delete what was not read for longest, until the files fit under the limit."
@@ -155,19 +149,29 @@ def _cache(weights:Mapping[str, Tensor]) -> _Store|None:
 
 # %% ../../nbs/2_model/07_cache.ipynb #7b9d3c41
 def thin_svds(weights:Mapping[str, Tensor], # layer name -> weight (o, i), of any float dtype
-             ) -> Iterator[tuple[str, SVD]]: # (name, (U, S, Vh)), in the order given; `dict(…)` for all at once
-    "The thin SVD of many layers, several at a time, through the cache; `ValueError` with the layer's name before any work."
+              first:int|None=None, # how many directions are needed; None: all
+             ) -> Iterator[tuple[str, FirstSVD]]: # (name, (U, S, Vh)), in the order given; `dict(…)` for all at once
+    """The thin SVD of many layers, several at a time, through the cache; all singular values, and at least the first directions.
+    `ValueError` with the layer's name before any work."""
     for name, W in weights.items(): check_weight(W, name)
-    return _results(weights, _cache(weights)) # apart, so that the checks run at the call and not at the first result
+    store = _cache(weights)
+    return _results(weights, weights, store, store.get if store else _alone(first))
 
-def _results(weights:Mapping[str, Tensor], store:_Store|None) -> Iterator[tuple[str, SVD]]:
-    "What `thin_svds` iterates over."
+def _alone(first:int|None) -> Callable[..., FirstSVD]:
+    "How one weight is decomposed where nothing is kept: no more is computed than is needed."
+    return thin_svd if first is None else partial(first_svd, r=first)
+
+def _results(weights:Mapping[str, Tensor], jobs:Mapping, store:_Store|None, job:Callable[[object], FirstSVD]
+            ) -> Iterator[tuple[str, FirstSVD]]:
+    "What `thin_svds` iterates over. It is apart, so that the checks run at the call and not at the first result."
     try:
-        for result in _in_order(weights, store.get if store else thin_svd):
+        for result in in_order(jobs, job, any(W.device.type != "cpu" for W in weights.values())):
             while store and store.notes: warnings.warn(store.notes.popleft(), stacklevel=2)
             yield result
     finally:
-        if store: _evict(store.folder, store.limit)
+        if store:
+            _evict(store.folder, store.limit)
+            _forget(store.limit)
 
 # %% ../../nbs/2_model/07_cache.ipynb #e63e0600
 def check_after(model:nn.Module, after:Sequence) -> None:
@@ -178,9 +182,25 @@ def check_after(model:nn.Module, after:Sequence) -> None:
         if p.extracted:
             raise ValueError(f"after[{n}] is extracted: the weight is without its directions already; leave it out of after")
 
+def _shortened(store:_Store, layer:nn.Module, maps:Sequence[LowRank]) -> SVD|None:
+    "The SVD of what is left of a weight, from that of the whole weight. None where that is not there, or something was rounded."
+    rounded = bool(extraction_ids(layer)) and layer.weight.dtype.itemsize < 4
+    if not maps or rounded or any(m.down.dtype != torch.float32 for m in maps): return None
+    known = store.get(whole_weight(layer), compute=False)
+    return known and deflated(known, torch.cat([m.down for m in maps]))
+
 def directions(layers:Mapping[str, nn.Module], # layer name -> linear layer
                after:Sequence=(), # unextracted PiSSA adapters whose directions are taken
-              ) -> Iterator[tuple[str, SVD]]: # (name, (U, S, Vh))
+               first:int|None=None, # how many directions are needed; None: all
+              ) -> Iterator[tuple[str, FirstSVD]]: # (name, (U, S, Vh))
     "The thin SVD of each weight, less what extracted rounds and those in `after` hold of it."
     held = {name: [p.held(name) for p in after if name in p.layers] for name in layers}
-    return thin_svds({name: remaining(layer, held[name]) for name, layer in layers.items()})
+    weights = {name: whole_weight(layer) for name, layer in layers.items()}
+    for name, W in weights.items(): check_weight(W, name)
+    store = _cache(weights)
+    def job(name:str) -> FirstSVD:
+        layer = layers[name]
+        if store is None: return _alone(first)(remaining(layer, held[name]), name=name)
+        maps = [*(e.taken for e in ledger_of(layer).extractions), *held[name]]
+        return _shortened(store, layer, maps) or store.get(remaining(layer, held[name]))
+    return _results(weights, {name: name for name in layers}, store, job)

@@ -6,12 +6,13 @@
 __all__ = ['Tables', 'write_file', 'adapter_file', 'read_header', 'read_file']
 
 # %% ../../nbs/2_model/11_format.ipynb #12fcf40f
+import glob
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -20,7 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..maths.fingerprint import checksum
 from .legacy import is_legacy, legacy_header, legacy_name
+from .loading import hub_name, sweep
 
 # %% ../../nbs/2_model/11_format.ipynb #d45d63ba
 _NAME = "adapter.safetensors" # of the one adapter in a folder, or in a repository of the Hub
@@ -41,16 +44,16 @@ class _Print(BaseModel):
         if len(self.sample) != expected: raise ValueError(f"a sample of {len(self.sample)} numbers, expected {expected}")
         return self
 
-# %% ../../nbs/2_model/11_format.ipynb #2b04f19e
+# %% ../../nbs/2_model/11_format.ipynb #766e9c11
 _Two = Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
 
-# %% ../../nbs/2_model/11_format.ipynb #766e9c11
 class _Header(BaseModel):
     "What a header may say; other keys are the user's own."
     model_config = ConfigDict(strict=True, extra="allow")
     format: int
     kind: str
     fingerprint: dict[str, _Print]
+    crc32: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
     id: str | None = None
     r: int = 1
     alpha: FiniteFloat = 1.0
@@ -58,9 +61,12 @@ class _Header(BaseModel):
     exclude: list[str] = []
     dtype: str | None = None
     layer_range: _Two = [0.0, 1.0]
+    roles: Literal["writers"] | None = None
     selection_score: str | None = None
     extract: bool = True
     init: _Two = [0.0, 0.0]
+    step: str | FiniteFloat = "plain"
+    r_total: PositiveInt | None = None
     scale: dict[str, FiniteFloat] = {}
 
 # %% ../../nbs/2_model/11_format.ipynb #9d0e864c
@@ -74,6 +80,11 @@ def _check_header(path:str|Path, meta:Mapping[str, object]) -> None:
                       "again") from e
 
 # %% ../../nbs/2_model/11_format.ipynb #1e9bcb72
+def _sums(header:Mapping[str, str], tables:int) -> list[int]: # of the header, of the tables
+    "Both checksums; that of the header covers the other one."
+    rest = sorted((key, value) for key, value in header.items() if key != "crc32")
+    return [checksum({}, json.dumps([rest, tables])), tables]
+
 def _extra_header(extra:Mapping[str, object]) -> dict[str, str]:
     try: return {str(key): json.dumps(value) for key, value in extra.items()}
     except (TypeError, ValueError) as e:
@@ -98,10 +109,12 @@ def write_file(path:str|Path, # of the file, or of a folder: there it gets the u
               ) -> None:
     "Write atomically. `ValueError`: `extra` uses a reserved key; `OSError`: no such folder, a full disk."
     path, meta = Path(path) / _NAME if Path(path).is_dir() else Path(path), {**meta, "format": _FORMAT}
-    if clash := sorted(set(extra) & set(meta)): raise ValueError(f"extra_meta uses reserved keys: {clash}; rename them")
+    if clash := sorted(set(extra) & {*meta, "crc32"}): raise ValueError(f"extra_meta uses reserved keys: {clash}; rename them")
     if not path.parent.is_dir(): raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
-    header = {key: json.dumps(value) for key, value in meta.items()} | _extra_header(extra)
     flat, half = _flat(tables), path.with_name(f".{path.name}.{os.getpid()}.part")
+    header = {key: json.dumps(value) for key, value in meta.items()} | _extra_header(extra)
+    sweep(path.parent, f".{glob.escape(path.name)}.*.part") # of writers that were killed
+    header["crc32"] = json.dumps(_sums(header, checksum(flat)))
     try:
         save_file(flat, half, metadata=header)
         half.replace(path)
@@ -134,7 +147,7 @@ def adapter_file(path:str|Path) -> Path: # which need not exist
     "The file that is meant: itself, the one in a folder, or a local copy of what the Hub has."
     if Path(path).is_dir(): return _in_folder(Path(path))
     asked = isinstance(path, str) and not Path(path).exists() and _REPOSITORY.fullmatch(path)
-    return _from_hub(asked[1], asked[2] or _NAME) if asked else Path(path)
+    return _from_hub(hub_name(asked[1]), asked[2] or _NAME) if asked else Path(path)
 
 # %% ../../nbs/2_model/11_format.ipynb #e3d61c24
 def _open(path:Path):
@@ -144,13 +157,16 @@ def _open(path:Path):
     except SafetensorError as e:
         raise OSError(f"{path}: not a complete safetensors file ({e}); it may have been cut off: copy or save it again") from e
 
+def _damaged(path:Path, what:str) -> OSError:
+    return OSError(f"{path}: damaged, its {what} is not what was written (the checksum differs); copy or save it again")
+
 def _decoded(path:Path, header:Mapping[str, str], keys:Iterable[str]) -> dict:
     "The header's values; one without `format` is read as the earlier implementation's if its tables are."
     foreign = OSError(f"{path}: a safetensors file, but no modlab adapter (its header has {sorted(header)})")
     try:
         if {"format", "kind", "fingerprint"} <= set(header):
             meta = {key: json.loads(value) for key, value in header.items()}
-            if not isinstance(meta["format"], int): raise foreign
+            if type(meta["format"]) is not int or meta["format"] < 1: raise foreign
         elif is_legacy(header, keys): meta = legacy_header(header)
         else: raise foreign
     except (ValueError, RecursionError) as e:
@@ -158,33 +174,37 @@ def _decoded(path:Path, header:Mapping[str, str], keys:Iterable[str]) -> dict:
     if meta["format"] > _FORMAT:
         raise OSError(f"{path}: written in format {meta['format']}, and this modlab reads up to {_FORMAT}; upgrade modlab")
     _check_header(path, meta)
+    if (sums := meta.get("crc32")) and sums != _sums(header, sums[1]): raise _damaged(path, "header")
     return meta
 
 # %% ../../nbs/2_model/11_format.ipynb #cddf5bf3
 def read_header(path:Path) -> dict: # key -> decoded value; `format` is 0 for files of the earlier implementation
     "What a file says of itself, without its tensors. `OSError` naming the file if it is missing, cut off, damaged or foreign."
-    with _open(path) as f: return _decoded(path, f.metadata() or {}, f.keys())
+    with _open(path) as f: meta = _decoded(path, f.metadata() or {}, f.keys())
+    return {key: value for key, value in meta.items() if key != "crc32"}
 
 # %% ../../nbs/2_model/11_format.ipynb #3a182201
 def _checked(path:Path, key:str, t:Tensor) -> Tensor:
     "`OSError` unless these are finite floats, or whole numbers (indices)."
-    if not t.is_floating_point() and t.dtype != torch.int64:
-        raise OSError(f"{path}: {key} is of type {t.dtype}, expected floats or indices; save the adapter again")
-    if not t.is_floating_point(): return t
+    if t.dtype == torch.int64: return t
+    if not t.is_floating_point(): raise OSError(f"{path}: {key} is of type {t.dtype}, expected floats or indices; save it again")
     wide = t.float() if t.itemsize == 1 else t  # 8-bit floats have no test of their own
     if bad := int((~wide.isfinite()).sum()):
         raise OSError(f"{path}: {bad} of {t.numel()} values of {key} are NaN or infinite; copy or save it again")
     return t
 
 # %% ../../nbs/2_model/11_format.ipynb #846304bc
+def _tensors(path:Path, f) -> dict[str, Tensor]:
+    "Every tensor of an open file, checked; `OSError` for one that cannot be read."
+    try: return {key: _checked(path, key, f.get_tensor(key)) for key in f.keys()}
+    except (SafetensorError, RuntimeError) as e: raise OSError(f"{path}: its tensors cannot be read ({e}); copy or save it again") from e
+
 def read_file(path:Path) -> tuple[dict, dict[str, dict[str, Tensor]]]: # header, tables
     "Read a whole file and check every value. Errors as `read_header`."
+    with _open(path) as f: meta, flat = _decoded(path, f.metadata() or {}, f.keys()), _tensors(path, f)
+    if (sums := meta.pop("crc32", None)) and sums[1] != checksum(flat): raise _damaged(path, "tables")
     tables = {}
-    with _open(path) as f:
-        meta = _decoded(path, f.metadata() or {}, f.keys())
-        for key in f.keys():
-            table, _, name = key.partition(".")
-            name = legacy_name(name) if meta["format"] == 0 else name
-            try: tables.setdefault(table, {})[name] = _checked(path, key, f.get_tensor(key))
-            except SafetensorError as e: raise OSError(f"{path}: {key} cannot be read ({e}); copy or save it again") from e
+    for key, t in flat.items():
+        table, _, name = key.partition(".")
+        tables.setdefault(table, {})[legacy_name(name) if meta["format"] == 0 else name] = t
     return meta, tables

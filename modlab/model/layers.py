@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_linear', 'layer_shape', 'is_quantised', 'guard_4bit', 'offloading', 'device_of', 'dense_weight', 'shared_weights',
-           'why_fixed', 'swap_weight', 'inner_model', 'plain_modules']
+           'why_fixed', 'swap_weight', 'check_module', 'inner_model', 'plain_modules', 'output_head', 'room_of']
 
 # %% ../../nbs/2_model/00_layers.ipynb #209ea698
 from collections import Counter
@@ -124,8 +124,14 @@ def _wrapped(module:nn.Module) -> nn.Module|None: # None: it is no wrapper
     return next((parts[key] for key in ("base_model", "model", "base_layer", "original_module") if key in parts), None)
 
 # %% ../../nbs/2_model/00_layers.ipynb #fe4858d1
+def check_module(model:object) -> None:
+    "`ValueError` for what is no model."
+    if isinstance(model, nn.Module): return
+    raise ValueError(f"a {type(model).__name__} in the place of the model, expected a PyTorch module; the order is (model, tok, …)")
+
 def inner_model(model:nn.Module) -> nn.Module: # the same object where nothing is wrapped around it
     "The plain model, or layer, inside whatever `torch.compile`, data parallelism and PEFT wrapped around it."
+    check_module(model)
     inner = _wrapped(model)
     return model if inner is None else inner_model(inner)
 
@@ -140,3 +146,23 @@ def plain_modules(model:nn.Module) -> dict[str, nn.Module]: # in model order; ""
         for key, child in module.named_children(): visit(f"{name}.{key}".lstrip("."), child)
     visit("", model)
     return found
+
+# %% ../../nbs/2_model/00_layers.ipynb #d7f03888
+def output_head(model:nn.Module) -> nn.Module|None:
+    "The output embedding, whatever it is called."
+    model = inner_model(model)
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+# %% ../../nbs/2_model/00_layers.ipynb #15180e30
+def _rows(table:nn.Embedding, limit:int) -> int: # positions in it; those up to the padding index are not used
+    return min(limit, table.num_embeddings - 1 - (-1 if table.padding_idx is None else table.padding_idx))
+
+def room_of(model:nn.Module) -> int|None: # tokens; None where there is no limit
+    "How many positions a model has, if it looks them up in a table."
+    inner = inner_model(model)
+    limit = getattr(inner.config.get_text_config(), "max_position_embeddings", None) if hasattr(inner, "config") else None
+    if limit is None: return None
+    tables = [m for m in inner.modules() if isinstance(m, nn.Embedding) and m is not inner.get_input_embeddings()]
+    rooms = [_rows(m, limit) for m in tables if limit <= m.num_embeddings <= limit + 8] # some leave a few rows free
+    fixed = [limit for b in inner.buffers() if b.ndim == 2 and len(b) == limit]
+    return min(rooms + fixed, default=None)

@@ -33,7 +33,8 @@ def legacy_name(name:str) -> str: return name.replace("__", ".")
 # %% ../../nbs/2_model/10_legacy.ipynb #f98e348e
 def exactly(names:Iterable[str]) -> dict: # fields of a configuration
     "The fields of a configuration that selects these layers and no others."
-    return dict(targets=tuple(f"^{re.escape(n)}$" for n in names), exclude=(), layer_range=(0.0, 1.0))
+    return dict(targets=tuple(f"^{re.escape(n)}$" for n in names), exclude=(), layer_range=(0.0, 1.0),
+                roles=None)
 
 def is_plain(patterns:Iterable[str]) -> bool:
     "Are all of these patterns made of words, dots and alternatives alone, so that searching for them is quick?"

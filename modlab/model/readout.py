@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .layers import device_of, inner_model
-from .targets import output_head
+from .layers import device_of, inner_model, output_head
 from .text import Batch
 
 # %% ../../nbs/2_model/06_readout.ipynb #2c72bca1
@@ -30,6 +29,19 @@ def answer_rows(batch:Batch) -> Int[Tensor, "n"]:
     return batch.is_target[:, 1:].nonzero()[:, 0]
 
 # %% ../../nbs/2_model/06_readout.ipynb #13fc3c23
+def _before_answers(batch:Batch, h:Float[Tensor, "b s d"]) -> Float[Tensor, "n d"]:
+    "What stands at the positions that predict answer tokens. The indices are made on the CPU: an accelerator need not be waited for."
+    rows, positions = batch.is_target[:, 1:].nonzero(as_tuple=True)
+    return h[rows.to(h.device), positions.to(h.device)]
+
+def _shortest(batch:Batch) -> Batch:
+    "The shortest row that has an answer, without its padding; the batch itself where no row has one."
+    lengths = batch.attention_mask.sum(1)
+    answered = batch.is_target[:, 1:].any(1)
+    if not answered.any(): return batch
+    n = torch.where(answered, lengths, lengths.max() + 1).argmin()
+    return Batch(*(t[n:n + 1, :lengths[n]] for t in (batch.input_ids, batch.attention_mask, batch.is_target)))
+
 def _finished(model:nn.Module, logits:Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
     "The logits after what the model does to the output of its head: a scale (Cohere), a divisor (Granite), a soft cap (Gemma)."
     cfg = model.config.get_text_config()
@@ -42,23 +54,25 @@ def _finished(model:nn.Module, logits:Float[Tensor, "n v"]) -> Float[Tensor, "n 
 class Readout:
     "The model's logits at answer positions by way of hidden states, or directly if `direct`."
     def __init__(self, model:nn.Module, # a Hugging Face causal LM
-                 probe:Batch, # compared with the model's own logits first
+                 probe:Batch, # its shortest row is compared with the model's own logits first
                  adapters:Iterable=()): # that will be attached
         self.model, self.head = inner_model(model), output_head(model)
+        self.rowwise = True # until a layer cannot tell the rows of a batch apart
         self.device = device_of(self.model.get_input_embeddings())
         adapted = [layer for adapter in adapters for layer in adapter.layers.values()]
         self.direct = self.head is None or any(inner_model(self.head) is layer for layer in adapted)
+        self.direct |= self.model.base_model is self.model # Llama 4 has no body of that name
         if self.direct: return
-        off = _difference(self, probe)
+        off = _difference(self, _shortest(probe))
         self.direct = off > 2**-6 # of the largest logit: the rounding of bfloat16 is below it
         if self.direct: _logger.warning("%s does more to its logits than is known here (off by %.2g): all positions are computed",
                                         type(self.model).__name__, off)
 
     def states(self, batch:Batch) -> Float[Tensor, "n d"]:
         "Final hidden states at the positions that predict answer tokens, or the logits there if `direct`."
-        inputs, before_answer = batch.inputs(self.device), batch.is_target[:, 1:].to(self.device)
-        if self.direct: return self.model(**inputs, use_cache=False).logits[:, :-1][before_answer]
-        return self.model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][before_answer]
+        inputs = batch.inputs(self.device)
+        if self.direct: return _before_answers(batch, self.model(**inputs, use_cache=False).logits)
+        return _before_answers(batch, self.model.base_model(**inputs, use_cache=False).last_hidden_state)
 
     def logits(self, h:Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         "What the head makes of them."
@@ -68,7 +82,7 @@ class Readout:
 @torch.no_grad()
 def _difference(readout:Readout, batch:Batch) -> float:
     "How far logits by way of hidden states are from the model's own, relative to the largest."
-    own = readout.model(**batch.inputs(readout.device), use_cache=False).logits[:, :-1][batch.is_target[:, 1:].to(readout.device)]
+    own = _before_answers(batch, readout.model(**batch.inputs(readout.device), use_cache=False).logits)
     ours = readout.logits(readout.states(batch))
     if ours.shape != own.shape: return float("inf")
     return ((ours.double() - own.double()).abs().max() / own.double().abs().max()).item()

@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,6 +22,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from ..model.loading import hub_name, sweep
 
 if TYPE_CHECKING: import peft
 
@@ -61,11 +62,7 @@ def _put(new:Path, path:Path) -> None:
     for name in (WEIGHTS[0], CONFIG): (new / name).replace(path / name)
 
 # %% ../../nbs/6_share/01_folder.ipynb #69699f07
-_HALF, _OLD = ".half-", 3600.0 # what half-written folders are called; seconds after which nobody works on one any more
-
-def _sweep(path:Path) -> None:
-    for left in path.parent.glob(f".{glob.escape(path.name)}{_HALF}*"):
-        if time.time() - left.stat().st_mtime > _OLD: shutil.rmtree(left, ignore_errors=True)
+_HALF = ".half-" # what half-written folders are called
 
 def write_folder(path:Path, config:"peft.LoraConfig", tensors:Mapping[str, Tensor]) -> None:
     "An adapter in a folder: the old one or the new one, at any time. `OSError` if `path` is a file or holds a model."
@@ -75,7 +72,7 @@ def write_folder(path:Path, config:"peft.LoraConfig", tensors:Mapping[str, Tenso
         raise FileExistsError(f"{path}: holds a model, which would be loaded with this adapter on it ever after; "
                               "give a folder of its own")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    for folder in (path.parent, path): sweep(folder, f".{glob.escape(path.name)}{_HALF}*")
     beside = path.parent if os.access(path.parent, os.W_OK) else path
     half = beside / f".{path.name}{_HALF}{secrets.token_hex(4)}"
     try:
@@ -83,7 +80,7 @@ def write_folder(path:Path, config:"peft.LoraConfig", tensors:Mapping[str, Tenso
         config.save_pretrained(half)
         save_file(dict(tensors), half / WEIGHTS[0], metadata={"format": "pt"})
         _put(half, path)
-    except SafetensorError as e: raise OSError(f"{path}: cannot be written ({e})") from e
+    except (OSError, SafetensorError) as e: raise OSError(f"{path}: it cannot be written ({e}); make room, or give another path") from e
     finally: shutil.rmtree(half, ignore_errors=True) # by now the old one, if all went well
 
 # %% ../../nbs/6_share/01_folder.ipynb #13dffbf1
@@ -93,7 +90,7 @@ def _folder_of(path:str|Path) -> Path:
     if Path(path).exists():
         raise NotADirectoryError(f"{path}: is a file, and a PEFT adapter is a folder; load_adapter(model, path) reads the files "
                                  "that modlab saves")
-    try: return Path(snapshot_download(str(path), allow_patterns=["adapter_*"]))
+    try: return Path(snapshot_download(hub_name(path), allow_patterns=["adapter_*"]))
     except (OSError, ValueError) as e:
         raise FileNotFoundError(f"{path}: no such folder here, and no such adapter on the hub ({type(e).__name__})") from e
 

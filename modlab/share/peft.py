@@ -22,6 +22,7 @@ from ..model.legacy import exactly
 from ..adapters.lora import ModulatedLoRA
 from ..maths.lowrank import LowRank, stack
 from ..model.layers import inner_model, layer_shape
+from ..model.reach import check_called
 from ..model.targets import LoRAConfig, linear_layers
 from .fields import read_adapter
 from .folder import CONFIG, write_folder
@@ -93,7 +94,10 @@ def _check_fit(path:str|Path, model:nn.Module, tables:Mapping[str, Mapping[str, 
     fits = {n: (B[n].shape[:1] + A[n].shape[1:], B[n].shape[1:]) == (layer_shape(linear[n]), A[n].shape[:1]) for n in A}
     if bad := [f"{n} is {layer_shape(linear[n])}, A {tuple(A[n].shape)}, B {tuple(B[n].shape)}" for n in A if not fits[n]]:
         raise ValueError(f"{path}: {len(bad)} {other} have another shape here ({few(bad)}); load the model it was made for")
-    return {n: layer for n, layer in linear.items() if n in A}
+    layers = {n: layer for n, layer in linear.items() if n in A}
+    try: check_called(model, layers)
+    except ValueError as e: raise ValueError(f"{path}: {e}") from e
+    return layers
 
 # %% ../../nbs/6_share/03_peft.ipynb #660716e7
 def _scales(path:str|Path, model:nn.Module, config:"peft.LoraConfig", A:Mapping[str, Tensor]) -> dict[str, float]:

@@ -44,6 +44,6 @@ def write_beside(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, 
     if not ids: raise ValueError("the prompt has no token; type something")
     two = torch.tensor([ids, ids], device=device)
     defaults = dict(do_sample=False, pad_token_id=tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id)
-    with evaluating(model), adapter(model, torch.tensor([0.0, c])):
+    with evaluating(model), adapter(model, torch.tensor([0.0, c], device="cpu")):
         model.generate(two, attention_mask=torch.ones_like(two), streamer=_Rows(tok, show), stopping_criteria=[_Until(stale)],
                        **defaults | options)

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..maths.scores import SCORES
+from ..maths.scores import GRADIENT_SCORES, SCORES
 from .study import NO_RECORDS, NOW, Study, has_spectrum, nearest
 
 # %% ../../nbs/7_show/04_page.ipynb #094872e4
@@ -98,8 +98,9 @@ def _prompt_controls(prompt:str, chat:bool) -> dict: # widgets by name
 
 # %% ../../nbs/7_show/04_page.ipynb #978e79f9
 def _score_boxes(x:Study) -> list: # widgets
-    usable = {mode: bool(x.records) or (mode == "s_only") for mode in SCORES}
-    tips = {True: "what this score would choose", False: "this score needs what the layer reads on records; pass records="}
+    pairs = x.sides == ("cho", "rej") and len(x.records) > 1
+    usable = {mode: pairs if mode in GRADIENT_SCORES else bool(x.records) or (mode == "s_only") for mode in SCORES}
+    tips = {True: "what this score would choose", False: "this score needs records, one of gradients needs pairs; pass records="}
     return [_box(mode, disabled=not can, tooltip=tips[can]) for mode, can in usable.items()]
 
 def controls(x:Study, prompt:str, chat:bool) -> SimpleNamespace: # widgets by name
@@ -133,7 +134,7 @@ def laid_out(ui:SimpleNamespace): # a widget
     import ipywidgets as w
     prompt = _row(ui.prompt, w.VBox([_row(ui.go, ui.stop), ui.chat]))
     left = _half(_row(ui.budget, ui.fit), ui.doses)
-    right = _half(_row(ui.layer), _row(*ui.scores), ui.note, ui.spectrum)
+    right = _half(_row(ui.layer), w.HBox(ui.scores, layout=_layout(flex_flow="row wrap")), ui.note, ui.spectrum)
     figures = w.HBox([left, right], layout=_layout(grid_gap="12px"))
     return w.VBox([_row(ui.c, ui.to), ui.reading, prompt, ui.text, figures, _row(ui.quit, ui.busy, ui.status)],
                   layout=_layout(width="100%", max_width="1200px"))

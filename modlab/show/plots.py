@@ -18,6 +18,7 @@ from matplotlib.ticker import NullFormatter
 
 # %% ../../nbs/7_show/00_plots.ipynb #c610d5d2
 SCORE_COLOURS = {"s_only": "#0072B2", "wanda": "#E69F00", "act_only": "#009E73", "cho_rej_min_std": "#D55E00",
+                 "grad_abs": "#56B4E9", "grad_snr": "#CC79A7", "grad_fisher": "#332288", "taylor": "#882255",
                  "random": "#7F7F7F", "shuffled": "#7F7F7F"}
 SIGN_COLOURS = {+1: "#0072B2", -1: "#D55E00"} # of a dose, and of the answers that it is for: chosen and rejected
 

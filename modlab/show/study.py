@@ -24,11 +24,14 @@ from ..adapters.adapter import Adapter
 from ..adapters.hooks import check_model
 from ..adapters.selection import projections, spectrum_table
 from ..learn.activations import by_layer, stored
-from ..maths.scores import choose, same_spectrum, selection_scores
+from ..learn.gradients import encoded_pairs, gradients_along
+from ..maths.scores import GRADIENT_SCORES, choose, selection_scores
+from ..maths.statistics import GradientStats, same_spectrum
 from ..maths.svd import thin_svd
 from ..measure.calibrate import Calibration
 from ..measure.dose import check_doses, kl_curve
 from ..model.calls import here_only
+from ..model.layers import room_of
 from ..model.ledger import remaining
 from ..model.text import batches, encode_records, sides_of
 from .latest import breaking_off
@@ -108,7 +111,7 @@ class Study:
         check_model(adapter, model)
         self.model, self.tok, self.adapter = model, tok, adapter
         self.records, self.sides = ([], ()) if records is None else (list(records), sides_of(records))
-        if self.records: encode_records(tok, self.records, self.sides[0]) # bad records are refused now, not later in a thread
+        if self.records: encode_records(tok, self.records, self.sides[0], room=room_of(model)) # bad records are refused now, not later in a thread
         self.calibrated = _dose_of(calibrated)
         self.cs = sorted({0.0, *check_doses(cs)} | ({self.calibrated} - {None}), key=lambda c: (abs(c), c))
         if len(self.cs) < 2: raise ValueError(f"cs must hold a dose other than 0, got {list(cs)}")
@@ -146,10 +149,25 @@ def _inputs(x:Study, name:str, stale:Callable[[], bool]) -> object: # {side: (n,
         x.inputs[name] = by_layer(stats)[name]
     return x.inputs[name]
 
+def _pulls(x:Study, name:str, stale:Callable[[], bool]) -> GradientStats:
+    "What the layer's directions do to the records' answers at c = 0; kept. `ValueError`: they are no pairs."
+    if x.sides != ("cho", "rej"):
+        raise ValueError("a score of gradients compares two answers: pass records=, a list of pairs {prompt, cho, rej}")
+    if (name, "gradients") not in x.inputs:
+        layer = x.adapter.layers[name]
+        U, S, Vh = thin_svd(_weight_before(x.adapter, layer), name)
+        with x.lock, here_only(), breaking_off(x.model, stale), x.adapter(x.model, 0.0):
+            found = gradients_along(x.model, x.tok, encoded_pairs(x.tok, x.records, 512), {name: layer}, {name: (S, U, Vh)})
+        x.inputs[name, "gradients"] = found[name]
+    return x.inputs[name, "gradients"]
+
 def spectra(x:Study, name:str, modes:Sequence[str], stale:Callable[[], bool]) -> pd.DataFrame:
     "A layer's spectrum with the directions that the adapter holds, and those that other scores would choose."
     held = spectrum_table(x.adapter, [name]).assign(mode="held")
-    inputs = {mode: None if mode == "s_only" else _inputs(x, name, stale) for mode in modes}
+    def needs(mode:str) -> object:
+        if mode in GRADIENT_SCORES: return _pulls(x, name, stale)
+        return None if mode == "s_only" else _inputs(x, name, stale)
+    inputs = {mode: needs(mode) for mode in modes}
     return pd.concat([held, *(_would_choose(x.adapter, name, mode, X) for mode, X in inputs.items())], ignore_index=True)
 
 # %% ../../nbs/7_show/03_study.ipynb #c31d16fe
