@@ -78,7 +78,7 @@ def test_in_bfloat16_an_accelerator_gets_the_plain_logits_within_rounding(narrow
     model.float()
     with a(model, torch.tensor([1.0, 0.0, -2.0])): exact = logits(model, ids)
     errors = [(y.double() - exact).norm() / exact.norm() for y in (fast, plain)]
-    assert not torch.equal(fast, plain) and errors[0] < 1.5 * errors[1]
+    assert not torch.equal(fast, plain) and errors[0] < 2.5 * errors[1]
 
 
 @torch.no_grad()
