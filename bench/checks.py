@@ -13,7 +13,7 @@ import torch
 from modlab import HealConfig, ModulatedLoRA, ModulatedPiSSA, baked, heal, kl_curve, load_adapter, restore, tiny_model
 from modlab.model.copies import FastMap
 
-ABLE = {torch.float32: 2**-12, torch.bfloat16: 2**-5}  # of the largest logit: what rounding may do over four blocks
+ABLE = {torch.float32: 2**-12, torch.bfloat16: 2**-4}  # of the logits' norm: what rounding may do over four blocks at |c| <= 3
 
 
 class NotHere(Exception):
@@ -36,6 +36,9 @@ def logits(model, ids): return model(input_ids=ids, use_cache=False).logits
 def gap(a, b) -> float: return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
+def away(a, b) -> float: return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
 def lora(model, seed=2, **kw):
     "A LoRA as training would leave it."
     a = ModulatedLoRA(model, **dict(r=6, generator=seeded(seed)) | kw)
@@ -50,8 +53,8 @@ def pissa(model, extract, **kw):
 
 
 def near(got, wanted, dtype, times=1.0) -> str:
-    off = gap(got, wanted)
-    assert off <= times * ABLE[dtype], f"off by {off:.2g} of the largest, allowed {times * ABLE[dtype]:.2g}"
+    off = away(got, wanted)
+    assert off <= times * ABLE[dtype], f"off by {off:.2g} of the norm, allowed {times * ABLE[dtype]:.2g}"
     return f"off by {off:.1e}"
 
 
@@ -185,20 +188,24 @@ def gradients_are_those_of_the_cpu(device, dtype):
 
 
 def compiled(device, dtype):
+    "In bfloat16 on a card by Triton, elsewhere as a graph alone. Either may round; both are held against the same in float64."
     from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
     torch._dynamo.reset()
-    model, ids = build(device, dtype), tokens(device)
-    a, counter = lora(model), CompileCounterWithBackend("inductor") if torch.device(device).type == "cuda" else CompileCounter()
+    model, ids, whole = build(device, dtype), tokens(device), build(device, dtype).double()
+    real = torch.device(device).type == "cuda" and dtype == torch.bfloat16
+    a, exact, counter = lora(model), lora(whole), CompileCounterWithBackend("inductor") if real else CompileCounter()
     f = torch.compile(model, backend=counter)
     with torch.no_grad():
         f(input_ids=ids)
         with a(model, 1.0):
             for c in (1.0, 0.5, -3.0):
                 a.set_coeff(c)
-                said = near(f(input_ids=ids).logits, logits(model, ids), dtype, 2)
+                with exact(whole, c): wanted = logits(whole, ids)
+                off = [away(y, wanted) for y in (f(input_ids=ids).logits, logits(model, ids))]
+                assert off[0] <= 2 * off[1] + ABLE[torch.float32], f"c = {c}: off by {off[0]:.2g}, eager by {off[1]:.2g}"
         f(input_ids=ids)
     assert counter.frame_count == 2, f"{counter.frame_count} graphs for two states"
-    return f"two graphs for two states; {said}"
+    return f"two graphs for two states; off by {off[0]:.1e}, eager by {off[1]:.1e}"
 
 
 def static_cache(device, dtype):
@@ -221,7 +228,7 @@ def attention_kinds(device, dtype):
         a, bare[kind] = lora(model), logits(model, ids)
         with a(model, torch.tensor([1.0, 0.0, -2.0])): made[kind] = logits(model, ids)
         assert torch.equal(made[kind][1], bare[kind][1]), f"{kind}: the row at c = 0 is not the base"
-    times = 1 + 2 * max(gap(y, bare["eager"]) for y in bare.values()) / ABLE[dtype]
+    times = 1 + 2 * max(away(y, bare["eager"]) for y in bare.values()) / ABLE[dtype]
     return "; ".join(f"{kind} {near(y, made['eager'], dtype, times)}" for kind, y in made.items() if kind != "eager")
 
 

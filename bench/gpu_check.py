@@ -29,7 +29,7 @@ START = time.monotonic()
 LARGE = {"rows_forward": {}, "rows_decode": {"rounds": 3}, "rows_fold": {"rounds": 2},
          "rows_heal": {"rounds": 2, "count": 8, "epochs": 1}}
 BLOCKS = {"1B": 2}  # of the models that are decomposed: the peers would take minutes on all
-ONCE = ("captured", "compiled", "several_devices", "quantised")  # in bfloat16 alone on an accelerator: they take longest
+ONCE = ("captured", "several_devices", "quantised")  # in bfloat16 alone on an accelerator: they take longest
 
 
 def spent() -> float: return time.monotonic() - START

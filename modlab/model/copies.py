@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 # %% ../../nbs/2_model/12_copies.ipynb #6d7be454
@@ -39,7 +40,8 @@ class _Stack:
             self.slope = torch.zeros(len(self.downT.T), dtype=maps[0].wide, device=self.downT.device)
             self.offset = torch.zeros_like(self.slope) if any(m.offset is not None for m in maps) else None
             self.upT = [m.up.new_empty(m.rank, len(m.up), dtype=dtype) for m in maps]
-        ends = torch.tensor([0, *(m.rank for m in maps)]).cumsum(0).tolist()
+        self.ranks = [m.rank for m in maps]
+        ends = torch.tensor([0, *self.ranks]).cumsum(0).tolist()
         self.rows, self.marks = [slice(a, b) for a, b in zip(ends, ends[1:])], [None] * len(maps)
 
     def check(self, n:int) -> None:
@@ -78,25 +80,30 @@ def _put(y:Float[Tensor, "*batch o"], h:Float[Tensor, "t r"], upT:Float[Tensor, 
     y.view(-1, y.shape[-1]).addmm_(h, upT)
     return y
 
-def _product(stack:_Stack, n:int, columns:slice, x:Tensor, c:Tensor) -> Float[Tensor, "t _"]:
-    "The features of one map, or of all: the input through `down`, times the gain."
-    h = torch.mm(x.reshape(-1, x.shape[-1]), stack.downT[:, columns])
+def _own(stack:_Stack, n:int, x:Tensor, c:Tensor) -> Float[Tensor, "t r"]:
+    "The features of map `n`: the input through `down`, times the gain."
+    stack.check(n)
+    h = torch.mm(x.reshape(-1, x.shape[-1]), stack.downT[:, stack.rows[n]])
     if c is not stack.c: stack.set(c)
-    return _gained(h, stack.gain[..., columns])
+    return _gained(h, stack.gain[..., stack.rows[n]])
+
+def _all(stack:_Stack, x:Tensor, c:Tensor) -> Sequence[Float[Tensor, "t r"]]:
+    "Those of every map."
+    for n in range(len(stack.maps)): stack.check(n)
+    h = torch.mm(x.reshape(-1, x.shape[-1]), stack.downT)
+    if c is not stack.c: stack.set(c)
+    return _gained(h, stack.gain).split(stack.ranks, 1)
 
 def _features(stack:_Stack, n:int, x:Tensor, c:Tensor) -> Float[Tensor, "t r"]:
     "Those of map `n`: kept by the first layer of the stack for this very input, or computed."
-    alone = x.is_inference() # it has no version, so a write in between would not be seen
-    memo = None if alone or n == 0 else stack.memo
+    if x.is_inference(): return _own(stack, n, x, c) # it has no version, so a write in between would not be seen
+    memo = stack.memo if n > 0 else None
     if n == stack.last: stack.memo = None
-    if memo is not None and memo[0]() is x and memo[1] == x._version and memo[2] is c: return memo[3][:, stack.rows[n]]
-    if alone or n > 0:
-        stack.check(n)
-        return _product(stack, n, stack.rows[n], x, c)
-    for k in range(len(stack.maps)): stack.check(k)
-    h = _product(stack, n, slice(None), x, c)
-    if stack.last > 0: stack.memo = weakref.ref(x), x._version, c, h
-    return h[:, stack.rows[0]]
+    if memo is not None and memo[0]() is x and memo[1] == x._version and memo[2] is c: return memo[3][n]
+    if n > 0: return _own(stack, n, x, c)
+    parts = _all(stack, x, c)
+    if stack.last > 0: stack.memo = weakref.ref(x), x._version, c, parts
+    return parts[0]
 
 # %% ../../nbs/2_model/12_copies.ipynb #4fdc71c2
 class Inputs:
@@ -129,13 +136,17 @@ class FastMap:
         self.rank, self.wide = len(down), torch.promote_types(slope.dtype, torch.float32)
         self.known = down.dtype == up.dtype and not any(t.is_inference() or t.grad_fn is not None for t in self.factors)
 
+    def narrows(self, x:Tensor, y:Tensor) -> bool:
+        "Is bfloat16 right for this input and output, without copies if need be?"
+        if not x.dtype == y.dtype == torch.bfloat16 or _wants_gradient(x, y, *self.factors): return False
+        return self.down.dtype == torch.float32 == self.up.dtype and self.offset is None and _narrows(x.device)
+
     def serves(self, x:Tensor, y:Tensor) -> bool:
         "May this input and output be served from copies?"
         if not self.known or torch.compiler.is_compiling() or _wants_gradient(x, y, *self.factors): return False
         if not (_is_plain(x) and _is_plain(y) and x.dtype == y.dtype) or torch._C._are_functorch_transforms_active(): return False
         if self.place is not None and self.place[0].dtype != x.dtype: return False
-        narrow = x.dtype == torch.bfloat16 and self.down.dtype == torch.float32 and self.offset is None and _narrows(x.device)
-        return narrow or x.dtype == self.down.dtype
+        return x.dtype == self.down.dtype or self.narrows(x, y)
 
     def add(self, x:Float[Tensor, "*batch i"], y:Float[Tensor, "*batch o"],
             c:Tensor, # the dose: a tensor without axes, or (b,)
@@ -146,6 +157,12 @@ class FastMap:
             return _put(y, _gained(torch.mm(x.reshape(-1, x.shape[-1]), self.down.T), self.gain(c)), self.up.T, fresh)
         stack, n = self.place or self.inputs.join(self, x)
         return _put(y, _features(stack, n, x, c), stack.upT[n], fresh)
+
+    def narrow(self, x:Float[Tensor, "*batch i"], y:Float[Tensor, "*batch o"], c:Tensor) -> Float[Tensor, "*batch o"]:
+        "The same in bfloat16 from the factors themselves: a compiled graph takes this way, since it could not notice a change."
+        h, gain = linear(x, self.down.to(x.dtype)), self.gain(c)
+        h = h * gain if gain.ndim == 1 else (h.reshape(len(gain), -1, self.rank) * gain[:, None]).reshape(h.shape)
+        return y + linear(h.to(x.dtype), self.up.to(x.dtype))
 
     def gain(self, c:Tensor) -> Tensor: # (r,) or (b, r)
         gain = c[..., None] * self.slope.to(self.wide)
