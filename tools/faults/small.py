@@ -56,6 +56,9 @@ PER_CLASS = { # what the rules cannot know
     "FalconH1ForCausalLM": dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16),
     "BambaForCausalLM": dict(attn_layer_indices=[1]),
     "GraniteMoeHybridForCausalLM": dict(layer_types=["linear_attention", "full_attention", "linear_attention"]),
+    "JambaForCausalLM": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
+    "Qwen2_5OmniThinkerForConditionalGeneration": dict(vision_start_token_id=290),
+    "Qwen3OmniMoeThinkerForConditionalGeneration": dict(vision_start_token_id=290),
     "XmodForCausalLM": dict(default_language="en_XX"),
     "ReformerModelWithLMHead": dict(axial_pos_embds_dim=[16, 16], axial_pos_shape=[8, 8]),
     "DeepseekV2ForCausalLM": dict(num_experts_per_tok=2),
@@ -133,7 +136,7 @@ def build(kind: str, name: str) -> PreTrainedModel:
         model = cls(config)
         for key, p in model.named_parameters():
             if not p.isfinite().all() or p.abs().max() > 1e3: torch.nn.init.normal_(p, std=0.1)
-            elif key.endswith("bias") and not p.any(): torch.nn.init.normal_(p, std=0.1)
+            elif not p.any(): torch.nn.init.normal_(p, std=0.1) # what starts at zero: something to be lost
     return model.eval()
 
 
