@@ -1,4 +1,4 @@
-"""What a text reaches: towers by structure, weights that are read past their layer, layers that nothing calls, and the writers."""
+"""What a text reaches: towers by structure, weights read past their layer, layers that nothing calls, and the writers."""
 import functools
 
 import peft
@@ -7,7 +7,16 @@ import torch
 from faults import architectures, small
 from models import adapter_of, build, gap, tokens
 
-from modlab import LoRAConfig, ModulatedLoRA, ModulatedPiSSA, capture_activations, find_targets, from_peft, load_adapter, target_table
+from modlab import (
+    LoRAConfig,
+    ModulatedLoRA,
+    ModulatedPiSSA,
+    capture_activations,
+    find_targets,
+    from_peft,
+    load_adapter,
+    target_table,
+)
 from modlab.model.reach import text_reach, writers
 from modlab.model.targets import block_of, block_stacks
 
@@ -104,7 +113,7 @@ def test_two_images_in_one_row_are_no_two_rows(c):
     calls = (lambda: run(ids, pixels), lambda: run(input_ids=ids, pixel_values=pixels),
              lambda: (model(input_ids=ids[:1].repeat(2, 1)), model.get_image_features(pixel_values=pixels)))
     for call in calls:
-        with named(model, cs), pytest.raises(ValueError, match="c has 2 doses, but the rows of .*projector.* sees no text"): call()
+        with named(model, cs), pytest.raises(ValueError, match="2 doses, but the rows of .*projector.* sees no text"): call()
 
 
 # ---- the probe leaves nothing behind, and the preset ----
@@ -120,8 +129,9 @@ def test_the_probe_is_run_once_and_changes_nothing():
     assert not any(m._forward_pre_hooks for n, m in model.named_modules() if n not in ("", "model"))
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "OPTForCausalLM", "JambaForCausalLM",
-                                  "BloomForCausalLM", "FalconForCausalLM", "PhiForCausalLM", "GPTJForCausalLM", "Qwen2MoeForCausalLM"])
+@pytest.mark.parametrize("name", [
+    "LlamaForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "OPTForCausalLM", "JambaForCausalLM", "BloomForCausalLM",
+    "FalconForCausalLM", "PhiForCausalLM", "GPTJForCausalLM", "Qwen2MoeForCausalLM"])
 def test_writers_are_in_every_block_and_as_wide_as_the_stream(name):
     model = made(name)
     found, stacks = find_targets(model, LoRAConfig(roles="writers")), block_stacks(model)

@@ -1,4 +1,4 @@
-"""Every public function that takes a model, on wrapped ones: it works on the model inside, under plain names, as on the plain model."""
+"""Every public function that takes a model, on wrapped ones: it works on the model inside, under plain names."""
 import inspect
 import warnings
 
@@ -91,7 +91,8 @@ def plain(x):
 
 def equal(a, b):
     if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    return torch.allclose(a, b, atol=1e-5) if isinstance(a, torch.Tensor) else a == b or pytest.approx(a, rel=1e-4, nan_ok=True) == b
+    if isinstance(a, torch.Tensor): return torch.allclose(a, b, atol=1e-5)
+    return a == b or pytest.approx(a, rel=1e-4, nan_ok=True) == b
 
 
 def test_every_public_name_that_takes_a_model_is_here():

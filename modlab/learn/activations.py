@@ -43,8 +43,8 @@ def _check_read(layers:Iterable[str], read:Iterable[str], odd:Mapping[str, tuple
     for name in sorted(set(layers) - set(read)):
         if name not in odd: raise ValueError(f"{name} was not called by the model; exclude it")
         told = " (routed experts and poolers do this)" if len(odd[name]) == 2 else ""
-        raise ValueError(f"{name} sees {odd[name]} for a batch of {tuple(batch.is_target.shape)} tokens{told}: its tokens cannot be "
-                         "told apart; exclude this layer")
+        raise ValueError(f"{name} sees {odd[name]} for a batch of {tuple(batch.is_target.shape)} tokens{told}: its tokens cannot "
+                         "be told apart; exclude this layer")
 
 # %% ../../nbs/4_learn/00_activations.ipynb #bd1e8e9a
 _Take = Callable[[str, Tensor], None] # what to do with a layer's rows (n, i)

@@ -151,5 +151,5 @@ def check_causal(model:nn.Module) -> None:
     "`ValueError` for an encoder-decoder."
     model = inner_model(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"a {type(model).__name__} reads the prompt with an encoder; prompt and answer in one row are for models "
-                         "that are a decoder alone")
+        raise ValueError(f"a {type(model).__name__} reads the prompt with an encoder; prompt and answer in one row are for "
+                         "models that are a decoder alone")

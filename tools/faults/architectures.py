@@ -1,4 +1,4 @@
-"""Every class of language model in the installed transformers that can be built small, against what has to hold on each of them."""
+"""Every class of language model in transformers that can be built small, against what has to hold on each of them."""
 import functools
 import os
 import sys
@@ -13,9 +13,9 @@ if __name__ == "__main__": sys.path.insert(0, str(Path(__file__).resolve().paren
 
 import torch
 import transformers
-from faults import children, small
 
 import modlab
+from faults import children, small
 
 RIGHT = 1e-4 # of the largest logit: float32 through another batch or another order of sums, a few layers deep
 RECORDS = [dict(prompt=f"{word} is", cho=" good and", rej=" bad,") for word in ("bread", "an old house", "it")]
@@ -73,7 +73,7 @@ def backward(case: Case) -> None:
 
 
 def trains(case: Case) -> None:
-    "Each factor gets a gradient, unless what its layer makes ends in a choice of the largest: none is on a layer that does not run."
+    "No target is a layer that does not run, and gradients pass where they pass in the base."
     a, called = case.lora(), set()
     for name, layer in a.layers.items(): layer.register_forward_pre_hook(lambda m, x, name=name: called.add(name))
     try:
