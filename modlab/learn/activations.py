@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..model.calls import layer_input
 from ..maths.statistics import ProjectionStats, project
 from ..model.cache import check_after, directions
-from ..model.layers import device_of, guard_4bit, inner_model, offloading, room_of
+from ..model.layers import check_causal, device_of, guard_4bit, inner_model, offloading, room_of
 from ..model.ledger import check_whole
 from ..model.loading import evaluating
 from ..model.targets import LoRAConfig, find_targets
@@ -28,9 +28,10 @@ from ..model.text import Batch, batches, check_count, sides_of
 
 # %% ../../nbs/4_learn/00_activations.ipynb #dab75aee
 def _fits(x:Tensor, batch:Batch) -> bool:
-    "Does `x` hold the tokens of the batch in order: `(b, s, i)`, or flattened `(b·s, i)`?"
+    "Does `x` hold the tokens of the batch in order: `(b, s, i)`, or flattened `(b·s, i)`, axes of length 1 aside?"
     b, s = batch.is_target.shape
-    return tuple(x.shape[:-1]) in ((b, s), (b * s,), (1, b * s))
+    long = [n for n in x.shape[:-1] if n > 1]
+    return x.shape[:-1].numel() == b * s and long in ([n for n in (b, s) if n > 1], [b * s])
 
 def _completion_rows(x:Tensor, batch:Batch, device:torch.device|str|None=None) -> Float[Tensor, "n i"]:
     "The rows of `x` that belong to completion tokens; float32, on `device` or where they are."
@@ -41,9 +42,9 @@ def _check_read(layers:Iterable[str], read:Iterable[str], odd:Mapping[str, tuple
     "`ValueError` for a layer that was not called, or with other tokens only."
     for name in sorted(set(layers) - set(read)):
         if name not in odd: raise ValueError(f"{name} was not called by the model; exclude it")
-        told = " (routed experts do this)" if len(odd[name]) == 2 else ""
-        raise ValueError(f"{name} sees {odd[name]} for a batch of {tuple(batch.is_target.shape)} tokens{told}: its tokens cannot be "
-                         "told apart; exclude this layer")
+        told = " (routed experts and poolers do this)" if len(odd[name]) == 2 else ""
+        raise ValueError(f"{name} sees {odd[name]} for a batch of {tuple(batch.is_target.shape)} tokens{told}: its tokens cannot "
+                         "be told apart; exclude this layer")
 
 # %% ../../nbs/4_learn/00_activations.ipynb #bd1e8e9a
 _Take = Callable[[str, Tensor], None] # what to do with a layer's rows (n, i)
@@ -84,6 +85,7 @@ def _read_side(model:nn.Module, layers:Mapping[str, nn.Module], runs:Iterable[Ba
               device:torch.device|str|None=None) -> None:
     """Run batches until `limit` rows of each layer went to `take`. `ValueError` for a layer that the model does not call,
     `RuntimeError` for a model that lacks directions which were taken out of it."""
+    check_causal(model)
     check_whole(inner_model(model))
     guard_4bit(model)  # a forward without gradients is what repacks
     inner, start, count = _body(model, layers), device_of(model.get_input_embeddings()), 0

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['is_linear', 'layer_shape', 'is_quantised', 'guard_4bit', 'offloading', 'device_of', 'dense_weight', 'shared_weights',
-           'why_fixed', 'swap_weight', 'check_module', 'inner_model', 'plain_modules', 'output_head', 'room_of']
+           'why_fixed', 'swap_weight', 'check_module', 'inner_model', 'plain_modules', 'output_head', 'check_causal',
+           'room_of']
 
 # %% ../../nbs/2_model/00_layers.ipynb #209ea698
 from collections import Counter
@@ -152,6 +153,13 @@ def output_head(model:nn.Module) -> nn.Module|None:
     "The output embedding, whatever it is called."
     model = inner_model(model)
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+def check_causal(model:nn.Module) -> None:
+    "`ValueError` for an encoder-decoder."
+    model = inner_model(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"a {type(model).__name__} reads the prompt with an encoder; prompt and answer in one row are for "
+                         "models that are a decoder alone")
 
 # %% ../../nbs/2_model/00_layers.ipynb #15180e30
 def _rows(table:nn.Embedding, limit:int) -> int: # positions in it; those up to the padding index are not used

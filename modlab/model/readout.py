@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .layers import device_of, inner_model, output_head
+from .layers import check_causal, device_of, inner_model, output_head
 from .text import Batch
 
 # %% ../../nbs/2_model/06_readout.ipynb #2c72bca1
@@ -56,6 +56,7 @@ class Readout:
     def __init__(self, model:nn.Module, # a Hugging Face causal LM
                  probe:Batch, # its shortest row is compared with the model's own logits first
                  adapters:Iterable=()): # that will be attached
+        check_causal(model)
         self.model, self.head = inner_model(model), output_head(model)
         self.rowwise = True # until a layer cannot tell the rows of a batch apart
         self.device = device_of(self.model.get_input_embeddings())

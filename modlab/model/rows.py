@@ -49,4 +49,4 @@ def check_rows(name:str, x:Tensor, n:int, rows:tuple[int, int]|None) -> None:
     if n != b: raise ValueError(f"c has {n} doses, but the batch has {b} rows; give one dose per row, or one float")
     if not (flattened or (x.ndim > 2 and x.shape[0] == b)):
         raise NoRows(f"{name} sees {tuple(x.shape)}, from which the {b} rows of {s} tokens cannot be told apart (routed "
-                     "experts do this); use one float c, or exclude this layer")
+                     "experts and poolers do this); use one float c, or exclude this layer")

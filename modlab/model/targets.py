@@ -60,7 +60,7 @@ class LoRAConfig:
         _check_rank(self.r)
         if not math.isfinite(self.alpha) or self.alpha <= 0:
             raise ValueError(f"alpha must be positive and finite, got {self.alpha!r}; 2 * r is usual")
-        for field in ("targets", "exclude"): object.__setattr__(self, field, _check_patterns(field, getattr(self, field)))
+        for name in ("targets", "exclude"): object.__setattr__(self, name, _check_patterns(name, getattr(self, name)))
         if not self.targets: raise ValueError("targets is empty; give 'all-linear' or patterns such as ('q_proj', 'v_proj')")
         object.__setattr__(self, "layer_range", _check_range(self.layer_range))
         if self.roles not in (None, "writers"): raise ValueError(f'roles must be "writers" or None (all), got {self.roles!r}')

@@ -1,4 +1,4 @@
-"""Every class of language model in the installed transformers that can be built small, against what has to hold on each of them."""
+"""Every class of language model in transformers that can be built small, against what has to hold on each of them."""
 import functools
 import os
 import sys
@@ -13,9 +13,9 @@ if __name__ == "__main__": sys.path.insert(0, str(Path(__file__).resolve().paren
 
 import torch
 import transformers
-from faults import children, small
 
 import modlab
+from faults import children, small
 
 RIGHT = 1e-4 # of the largest logit: float32 through another batch or another order of sums, a few layers deep
 RECORDS = [dict(prompt=f"{word} is", cho=" good and", rej=" bad,") for word in ("bread", "an old house", "it")]
@@ -68,12 +68,28 @@ def no_op(case: Case) -> None:
     expect(torch.equal(case.at(a, 1.5), case.base), "a fresh LoRA changes the logits")
 
 
+def backward(case: Case) -> None:
+    case.model(input_ids=case.ids, **case.more()).logits.log_softmax(-1)[..., 5].sum().backward()
+
+
 def trains(case: Case) -> None:
-    "Each factor gets a gradient: none is on a layer that does not run."
-    a = case.lora()
-    with a(case.model, 1.0): case.model(input_ids=case.ids, **case.more()).logits.log_softmax(-1)[..., 5].sum().backward()
-    silent = [n for n, p in a.named_parameters() if p.grad is None or not p.grad.any()]
-    expect(not silent, f"{len(silent)} of {2 * len(a.layers)} factors without a gradient: {silent[:2]}")
+    "No target is a layer that does not run, and gradients pass where they pass in the base."
+    a, called = case.lora(), set()
+    for name, layer in a.layers.items(): layer.register_forward_pre_hook(lambda m, x, name=name: called.add(name))
+    try:
+        with a(case.model, 1.0): backward(case)
+    except RuntimeError:
+        with torch.enable_grad(): expect(not plain_trains(case), "the base has a gradient, and the factors have none")
+    idle = sorted(set(a.layers) - called)
+    expect(not idle, f"{len(idle)} of {len(a.layers)} layers that do not run: {idle[:2]}")
+
+
+def plain_trains(case: Case) -> bool:
+    "Does the base pass a gradient at all, as it stands here?"
+    for p in case.model.parameters(): p.requires_grad_(p.is_floating_point())
+    try: backward(case)
+    except RuntimeError: return False
+    return True
 
 
 def extracted(case: Case) -> None:

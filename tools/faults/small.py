@@ -1,4 +1,4 @@
-"""Models of transformers by the name of their type, so small that they run in milliseconds: default configurations with small numbers."""
+"""Models of transformers that run in milliseconds: the default configurations, with small numbers."""
 import re
 
 import torch
@@ -16,7 +16,8 @@ SMALL = [ # a field gets the value of the first pattern that matches its whole n
     (r".*codebook_size", 128),
     (r".*vocab_size.*|num_embeddings|encoder_hash_byte_group_vocab", VOCAB),
     (r"num_(dense|kv_shared|lstm|nextn_predict)_layers|num_mem_blocks|num_residual_layers|mtp_num_layers", None),
-    (r"first_k_dense_replace|.*_layer_(period|interval)|num_dense_layers|prefix_dense_.*|full_attention_interval|.*sparse_step", 1),
+    (r"first_k_dense_replace|.*_layer_(period|interval)|num_dense_layers|prefix_dense_.*|full_attention_interval|"
+     r".*sparse_step", 1),
     (r"expert_layer_offset|attn_layer_offset", 0),
     (r"num_hidden_layers|n_layers?|num_layers|.*(encoder|decoder)_layers|depth|num_blocks|num_global_layers|num_layers_per_stack|"
      r"conf_num_hidden_layers|.*num_hidden_layers", DEPTH),
@@ -24,15 +25,18 @@ SMALL = [ # a field gets the value of the first pattern that matches its whole n
     (r"attention_head_dim|.*head_dim|d_kv|kv_channels|.*head_size|dim_head|d_head|mamba_headdim|mamba_d_head", 8),
     (r".*attention_heads|.*n_heads?|.*num_heads|num_.*_heads|mamba_n_heads", HEADS),
     (r".*lora_rank.*|.*_lora_r|adapter_rank|.*laurel_rank|hc_lowrank|gated_norm_rank", 4),
-    (r".*(intermediate_size.*|ffn_dim|ffn_hidden_size|mlp_dim|feed_forward_size)|d_ff|dff|dim_ff|d_inner|n_inner|mlp_hidden_size", 48),
-    (r".*(hidden_size.*|hidden_dim|embed_dim|embedding_size|embedding_dim|emb_dim|proj_size)|d_model|n_embd|dim|n_embed|lru_width|"
-     r".*_width|.*projection_dim|proj(ector)?_(in|out)put_dim|output_dim|adapter_out_dim|adapter_in_dim|dim_model_base|.*output_dim|"
+    (r".*(intermediate_size.*|ffn_dim|ffn_hidden_size|mlp_dim|feed_forward_size)|d_ff|dff|dim_ff|d_inner|"
+     r"n_inner|mlp_hidden_size", 48),
+    (r".*(hidden_size.*|hidden_dim|embed_dim|embedding_size|embedding_dim|emb_dim|proj_size)|d_model|n_embd|dim|n_embed|"
+     r"lru_width|"
+     r".*_width|.*projection_dim|proj(ector)?_(in|out)put_dim|adapter_out_dim|adapter_in_dim|dim_model_base|.*output_dim|"
      r"d_rel|.*embd_dim|.*_dim_model|mamba_d_ssm", WIDTH),
     (r"n_group|num_expert_group|topk_group|n_groups|mamba_n_?groups|o_groups|n_shared_experts|num_shared_experts|"
      r"moe_num_shared_experts", 1),
     (r"(num|n)_(local_|routed_|moe_)?experts|moe_num_experts|zero_expert_num|num_centroids", 4),
     (r".*(experts_per_tok(en)?|top_?k).*|moe_k", 2),
-    (r".*max_position.*|n_positions|max_seq_len.*|seq_length|n_ctx|.*sequence_length|max_(source|target)_positions|context_length|"
+    (r".*max_position.*|n_positions|max_seq_len.*|seq_length|n_ctx|.*sequence_length|max_(source|target)_positions|"
+     r"context_length|"
      r"model_max_length|num_position_embeddings", 64),
     (r".*sliding_window|attention_chunk_size|.*window_size|sliding_window_size|local_attention|window_len", 16),
     (r".*(d_state|state_size)", 8),
@@ -56,6 +60,9 @@ PER_CLASS = { # what the rules cannot know
     "FalconH1ForCausalLM": dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16),
     "BambaForCausalLM": dict(attn_layer_indices=[1]),
     "GraniteMoeHybridForCausalLM": dict(layer_types=["linear_attention", "full_attention", "linear_attention"]),
+    "JambaForCausalLM": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
+    "Qwen2_5OmniThinkerForConditionalGeneration": dict(vision_start_token_id=290),
+    "Qwen3OmniMoeThinkerForConditionalGeneration": dict(vision_start_token_id=290),
     "XmodForCausalLM": dict(default_language="en_XX"),
     "ReformerModelWithLMHead": dict(axial_pos_embds_dim=[16, 16], axial_pos_shape=[8, 8]),
     "DeepseekV2ForCausalLM": dict(num_experts_per_tok=2),
@@ -87,14 +94,16 @@ def mended(fields: dict) -> dict:
     if fields.get("rope_parameters") and "mrope_section" in fields["rope_parameters"]:
         fields["rope_parameters"]["mrope_section"] = [1, 1, 2]
     if {"expand", "num_heads", "head_dim"} <= fields.keys(): fields["head_dim"] = WIDTH * fields["expand"] // HEADS
-    for heads, dim in (("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim"), ("n_mamba_heads", "mamba_headdim")):
-        if heads in fields and dim in fields: fields[dim] = WIDTH * fields.get("mamba_expand", fields.get("expand", 2)) // fields[heads]
+    inner = WIDTH * fields.get("mamba_expand", fields.get("expand", 2))
+    for heads, dim in dict(mamba_n_heads="mamba_d_head", mamba_num_heads="mamba_head_dim", n_mamba_heads="mamba_headdim").items():
+        if heads in fields and dim in fields: fields[dim] = inner // fields[heads]
     return fields
 
 
 def shrunk(fields: dict) -> dict:
     "The fields of a configuration, those of the configurations inside it too."
-    depths = {v for k, v in fields.items() if isinstance(v, int) and not isinstance(v, bool) and number(k, v) == DEPTH and v > DEPTH}
+    whole = {k: v for k, v in fields.items() if isinstance(v, int) and not isinstance(v, bool)}
+    depths = {v for k, v in whole.items() if number(k, v) == DEPTH and v > DEPTH}
     out = {}
     for key, value in fields.items():
         if not isinstance(key, str) or key == "per_layer_config": continue
@@ -131,9 +140,9 @@ def build(kind: str, name: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = cls(config)
-        for key, p in model.named_parameters():
+        for p in model.parameters():
             if not p.isfinite().all() or p.abs().max() > 1e3: torch.nn.init.normal_(p, std=0.1)
-            elif key.endswith("bias") and not p.any(): torch.nn.init.normal_(p, std=0.1)
+            elif not p.any(): torch.nn.init.normal_(p, std=0.1) # what starts at zero: something to be lost
     return model.eval()
 
 
