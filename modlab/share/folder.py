@@ -90,7 +90,8 @@ def _folder_of(path:str|Path) -> Path:
     if Path(path).exists():
         raise NotADirectoryError(f"{path}: is a file, and a PEFT adapter is a folder; load_adapter(model, path) reads the files "
                                  "that modlab saves")
-    try: return Path(snapshot_download(hub_name(path), allow_patterns=["adapter_*"]))
+    name = hub_name(path)
+    try: return Path(snapshot_download(name, allow_patterns=["adapter_*"]))
     except (OSError, ValueError) as e:
         raise FileNotFoundError(f"{path}: no such folder here, and no such adapter on the hub ({type(e).__name__})") from e
 

@@ -2,6 +2,7 @@
 name in an error of the right kind, soon, and with model and adapter as they were."""
 import json
 import logging
+import os
 import random
 import shutil
 import sys
@@ -41,6 +42,13 @@ def refusal(e: Exception, *names: Path | str) -> str:
     assert isinstance(e, REFUSALS) and not isinstance(e, RecursionError | NotImplementedError | UnicodeError), f"{type(e).__name__}: {e}"
     assert any(str(name) in str(e) for name in names), f"the file is not named: {type(e).__name__}: {e}"
     return "refused"
+
+
+def hush() -> None:
+    "This process, a child, says nothing from here on: no bars, no remarks. (What it prints may go to a file, on a disk that is full.)"
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2): os.dup2(nowhere, stream)
+    logging.disable(logging.CRITICAL)
 
 
 @contextmanager
@@ -294,7 +302,6 @@ WEIGHT = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
 
 
 def with_cache(folder: Path, what: Callable[[], object]) -> object:
-    import os
     os.environ.update(MODLAB_CACHE=str(folder), MODLAB_SVD_CACHE="1")
     with quiet(): return what()
 
@@ -375,7 +382,7 @@ def prepared(family: Family, out: Path, n: int, seed: int) -> tuple[object, Iter
     good = out / "good" / family.name.replace(" ", "-")
     shutil.rmtree(good, ignore_errors=True)
     good.mkdir(parents=True)
-    made = children.run(lambda: family.make(good), LIMIT)
+    made = children.run(lambda: hush() or family.make(good), LIMIT)
     assert made.ok, f"{made.error}\n{made.trace}"
     return made.value, islice(family.spoil(good, random.Random(f"{family.name} {seed}")), n)
 
@@ -390,7 +397,7 @@ def tried(family: Family, known: object, out: Path, name: str, mutant: Mutant) -
     try: apply(folder / name)
     except Exception as e: return row | dict(end="held", note=f"cannot be made: {e}") # such a file cannot be
     def check() -> str:
-        logging.disable(logging.CRITICAL)
+        hush()
         with quiet(): return family.check(folder, known, kind)
     outcome = children.run(check, LIMIT)
     if outcome.ok: return row | dict(end=outcome.value)

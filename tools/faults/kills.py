@@ -1,7 +1,6 @@
 """Writers that are interrupted: `kill -9` at random moments, a full disk, a folder that is read-only, two processes on one path. The old
 content or the new one is there afterwards, whole, and the next use leaves nothing else."""
 import json
-import logging
 import os
 import random
 import resource
@@ -157,8 +156,7 @@ WRITERS = [Writer("save", lambda folder, n: MADE[n].save(folder / damage.ADAPTER
 # ---- what happens to them ----
 
 def silently(f: Callable[[], object]) -> object:
-    logging.disable(logging.CRITICAL)
-    os.environ["TQDM_DISABLE"] = "1"
+    damage.hush()
     with damage.quiet(): return f()
 
 
@@ -255,7 +253,7 @@ def fill(writer: Writer, folder: Path, rng: random.Random, seconds: float) -> No
     if writer.name == "conversion of the model": shutil.rmtree(folder / "smollm2-135m-instruct")
     size = rng.choice([0, 100, 1000, 2000, 3000])
     def attempt() -> None:
-        logging.disable(logging.CRITICAL)
+        damage.hush()
         with full_disk(folder, size): told(writer, lambda: writer.write(folder, 1), folder)
     outcome = children.run(attempt, LIMIT)
     assert outcome.ok, f"{outcome.how}: {outcome.error}\n{outcome.trace[-600:]}"
@@ -269,7 +267,7 @@ def fill_small_disk(writer: Writer, folder: Path, rng: random.Random, seconds: f
     if not mounted(small, 4096 * rng.choice([1, 2, 5, 10, 40])): return fill(writer, folder, rng, seconds)
     try:
         def attempt() -> None:
-            logging.disable(logging.CRITICAL)
+            damage.hush()
             told(writer, lambda: writer.write(small, 1), small)
             left = {p.name for p in small.iterdir()} | {p.name for p in small.rglob("writing-*")}
             assert left <= writer.kept, f"left behind: {sorted(left - writer.kept)}"
@@ -285,7 +283,7 @@ def read_only(writer: Writer, folder: Path, rng: random.Random, seconds: float) 
     before = sorted((str(p), p.stat().st_size) for p in folder.rglob("*"))
     for path in [folder, *folder.rglob("*")]: path.chmod(0o555 if path.is_dir() else 0o444)
     def attempt() -> None:
-        logging.disable(logging.CRITICAL)
+        damage.hush()
         if os.geteuid() == 0: os.setuid(65534)
         if writer.name in ("conversion of the model", "cache of decompositions"): # they go on without
             with damage.quiet(): writer.read(folder)
