@@ -1,4 +1,4 @@
-"""Files that are spoilt and writers that are interrupted, in the short form of `make faults`; and each defect that it has found, by hand."""
+"""Files that are spoilt and writers that are interrupted: the short form of `make faults`, and each defect that it has found."""
 import json
 import os
 import re
@@ -19,6 +19,9 @@ from modlab.learn.runfile import RunFile
 from modlab.model import loading
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+def header_of(path): return {k: json.loads(v) for k, v in mutants.header_of(path).items()}
+
+
 EVERY = pytest.mark.parametrize("family", damage.FAMILIES, ids=lambda f: f.name)
 
 
@@ -43,7 +46,7 @@ def test_a_reader_that_lets_damage_pass_is_found(tmp_path):
     def flipped(folder, rng): yield from ((damage.ADAPTER, m) for m in iter(lambda: mutants.flip(rng), None))
     def unsealed(folder):
         known = damage.FAMILIES[0].make(folder)
-        mutants.write_header(folder / damage.ADAPTER, {k: json.loads(v) for k, v in mutants.header_of(folder / damage.ADAPTER).items()})
+        mutants.write_header(folder / damage.ADAPTER, header_of(folder / damage.ADAPTER))
         return known
     family = replace(damage.FAMILIES[0], spoil=flipped, share=12, make=unsealed)
     found = damage.run(float("inf"), True, tmp_path, [family])
@@ -96,17 +99,17 @@ def test_a_flipped_digit_in_the_header_is_noticed(tmp_path):
 def test_a_file_without_checksums_loads_as_before(tmp_path):
     a, path = adapter_of("lora", build(), r=2, targets="q_proj"), tmp_path / "a"
     a.save(path)
-    mutants.write_header(path, {k: json.loads(v) for k, v in mutants.header_of(path).items()})
+    mutants.write_header(path, header_of(path))
     assert "crc32" not in mutants.header_of(path) and load_adapter(build(), path).cfg == a.cfg
     with pytest.raises(ValueError, match="crc32"): a.save(path, extra_meta=dict(crc32=[1, 2]))
 
 
-@pytest.mark.parametrize("header", [dict(format=0), dict(format=-3), dict(format=True), dict(format=1.0), dict(scale={}), dict(crc32=[1])],
-                         ids=str)
+@pytest.mark.parametrize("header", [dict(format=0), dict(format=-3), dict(format=True), dict(format=1.0), dict(scale={}),
+                                    dict(crc32=[1])], ids=str)
 def test_a_header_that_would_switch_a_check_off(tmp_path, header):
     path = tmp_path / "a"
     adapter_of("lora", build(), r=2, targets="q_proj").save(path)
-    mutants.write_header(path, {k: json.loads(v) for k, v in mutants.header_of(path).items()} | header, sealed="")
+    mutants.write_header(path, header_of(path) | header, sealed="")
     with pytest.raises(OSError, match=str(path)): load_adapter(build(), path)
 
 
@@ -114,7 +117,7 @@ def test_scales_of_some_layers_alone_are_refused(tmp_path):
     a, path = adapter_of("lora", build(), r=2, targets="q_proj"), tmp_path / "a"
     a.save(path)
     name = next(iter(a.scale))
-    mutants.write_header(path, {k: json.loads(v) for k, v in mutants.header_of(path).items()} | dict(scale={name: 3.0}))
+    mutants.write_header(path, header_of(path) | dict(scale={name: 3.0}))
     with pytest.raises(OSError, match="scales for 1 layers, not for the 4"): load_adapter(build(), path)
 
 
@@ -163,7 +166,8 @@ def test_a_full_disk_names_the_folder_of_the_default_model(converted):
 
 @pytest.mark.parametrize("spoil", [lambda p: flip(p / "model.safetensors", -1), lambda p: (p / "tokenizer.json").unlink(),
                                    lambda p: (p / "config.json").write_text(""), lambda p: (p / "modlab.json").write_text("[]"),
-                                   lambda p: (p / "added.txt").write_text("x")], ids=["a bit", "missing", "empty", "the list", "more"])
+                                   lambda p: (p / "added.txt").write_text("x")],
+                         ids=["a bit", "missing", "empty", "the list", "more"])
 def test_a_damaged_default_model_is_converted_again(converted, spoil, recwarn):
     load_model()
     assert not [w for w in recwarn if "converted again" in str(w.message)]
@@ -174,7 +178,8 @@ def test_a_damaged_default_model_is_converted_again(converted, spoil, recwarn):
 
 
 def test_a_flipped_bit_in_the_state_of_a_run_is_noticed(tmp_path):
-    path, state = tmp_path / "run.pt", dict(identity=dict(lr=0.1), step=3, rows=[dict(loss=float("nan"))], adapter={"A.q": torch.ones(50)})
+    state = dict(identity=dict(lr=0.1), step=3, rows=[dict(loss=float("nan"))], adapter={"A.q": torch.ones(50)})
+    path = tmp_path / "run.pt"
     with RunFile(path) as file:
         file.write(state)
         assert file.read(dict(lr=0.1), ["step", "adapter"])["step"] == 3
@@ -192,16 +197,18 @@ LINE = json.dumps(dict(prompt="Thé ?", cho="là", rej="ici"), ensure_ascii=Fals
     (b"[" * 100_000, "line 1: not JSON"), (LINE.encode() + b'\n{"split": 3}', "line 2: split is 3"),
     (b'{"split": ["train"]}', "line 1: split is"), (b"{'prompt': 1}", "line 1: not JSON")])
 def test_a_file_of_records_names_file_and_line(tmp_path, data, says):
-    (tmp_path / "mine.jsonl").write_bytes(data)
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'mine.jsonl'}, {says}")) as e: load_pairs(path=tmp_path / "mine.jsonl")
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(f"{path}, {says}")) as e: load_pairs(path=path)
     assert type(e.value) is ValueError
 
 
 def test_records_without_a_split_and_with_a_mark_of_byte_order(tmp_path):
-    records = [dict(prompt="a", cho="b", rej="c", split=split) for split in (None, "train", "test")] + [dict(prompt="d", cho="e", rej="f")]
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8-sig")
-    assert load_pairs(path=tmp_path / "mine.jsonl") == records and load_pairs("train", path=tmp_path / "mine.jsonl") == [records[1]]
-    with pytest.raises(ValueError, match=r"'dev'; there are \['test', 'train'\]"): load_pairs("dev", path=tmp_path / "mine.jsonl")
+    records, path = [dict(prompt="a", cho="b", rej="c", split=split) for split in (None, "train", "test")], tmp_path / "my.jsonl"
+    records.append(dict(prompt="d", cho="e", rej="f"))
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8-sig")
+    assert load_pairs(path=path) == records and load_pairs("train", path=path) == [records[1]]
+    with pytest.raises(ValueError, match=r"'dev'; there are \['test', 'train'\]"): load_pairs("dev", path=path)
 
 
 @pytest.mark.parametrize("name", ["runs/knight", Path("owner/name")], ids=str)

@@ -194,7 +194,7 @@ def _checked(path:Path, key:str, t:Tensor) -> Tensor:
 def _tensors(path:Path, f) -> dict[str, Tensor]:
     "Every tensor of an open file, checked; `OSError` for one that cannot be read."
     try: return {key: _checked(path, key, f.get_tensor(key)) for key in f.keys()}
-    except (SafetensorError, RuntimeError) as e: raise OSError(f"{path}: its tensors cannot be read ({e}); copy or save it again") from e
+    except (SafetensorError, RuntimeError) as e: raise OSError(f"{path}: it cannot be read ({e}); copy or save it again") from e
 
 def read_file(path:Path) -> tuple[dict, dict[str, dict[str, Tensor]]]: # header, tables
     "Read a whole file and check every value. Errors as `read_header`."

@@ -80,7 +80,8 @@ def write_folder(path:Path, config:"peft.LoraConfig", tensors:Mapping[str, Tenso
         config.save_pretrained(half)
         save_file(dict(tensors), half / WEIGHTS[0], metadata={"format": "pt"})
         _put(half, path)
-    except (OSError, SafetensorError) as e: raise OSError(f"{path}: it cannot be written ({e}); make room, or give another path") from e
+    except (OSError, SafetensorError) as e:
+        raise OSError(f"{path}: it cannot be written ({e}); make room, or give another path") from e
     finally: shutil.rmtree(half, ignore_errors=True) # by now the old one, if all went well
 
 # %% ../../nbs/6_share/01_folder.ipynb #13dffbf1

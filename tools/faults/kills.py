@@ -1,5 +1,5 @@
-"""Writers that are interrupted: `kill -9` at random moments, a full disk, a folder that is read-only, two processes on one path. The old
-content or the new one is there afterwards, whole, and the next use leaves nothing else."""
+"""Writers that are interrupted: `kill -9` at random moments, a full disk, a folder that is read-only, two processes on one path.
+The old content or the new one is there afterwards, whole, and the next use leaves nothing else."""
 import json
 import os
 import random
@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from faults import children, damage
 from safetensors.torch import load_file
 
+from faults import children, damage
+
 LIMIT = 60.0 # seconds for one case
-ABOUT = ("Every function that writes is killed with SIGKILL at a random moment, given a disk that is full after some bytes (a small tmpfs, or "
-         "a limit on the size of files), a folder that it may only read, and a second process on the same path. Right: the old content or "
-         "the new one is there, whole; what fails says so as an OSError with the path, or as a warning where the file is no more than a "
-         "convenience; and once it is old, the next use removes what a killed process left.")
+ABOUT = ("Every function that writes is killed with SIGKILL at a random moment, given a disk that is full after some bytes (a "
+         "small tmpfs, or a limit on the size of files), a folder that it may only read, and a second process on the same path. "
+         "Right: the old content or the new one is there, whole; what fails says so as an OSError with the path, or as a warning "
+         "where the file is no more than a convenience; and once it is old, the next use removes what a killed process left.")
 
 
 @dataclass
@@ -57,7 +58,8 @@ MADE: dict[int, object] = {} # made once, before any fork
 
 def which(tables: dict, prefix: str = "") -> int:
     "The number of the adapter of which these are all the tables."
-    found = {n for n, a in MADE.items() if {len(t) for k, t in tables.items() if ".lora_A" in k or k.startswith("A.")} == {3 + 4 * n}}
+    ranks = {len(t) for k, t in tables.items() if ".lora_A" in k or k.startswith("A.")}
+    found = {n for n in MADE if ranks == {3 + 4 * n}}
     assert len(found) == 1, "of neither, or of both"
     n, = found
     up = [t for k, t in tables.items() if ".lora_B" in k or k.startswith("B.")]
@@ -315,7 +317,8 @@ def two(writer: Writer, folder: Path, rng: random.Random, seconds: float) -> Non
 
 # ---- the part of `make faults` ----
 
-CASES = {"kill -9": (kill, 200), "full disk": (fill, 60), "small disk": (fill_small_disk, 25), "read-only folder": (read_only, 20),
+CASES = {"kill -9": (kill, 200), "full disk": (fill, 60), "small disk": (fill_small_disk, 25),
+         "read-only folder": (read_only, 20),
          "two processes": (two, 20)} # name -> (what is done, how often in a full run, over all writers)
 
 
@@ -371,7 +374,8 @@ def run(budget_s: float, full: bool, out: Path, writers: list[Writer] = WRITERS)
         rows.append(tried(writer, case, n, seconds[writer.name]))
     ends = Counter(r["end"] for r in rows)
     (out / "kills.json").write_text(json.dumps(rows, indent=1))
-    return dict(name="kills", about=ABOUT, planned=len(todo), tried=len(rows), held=ends["held"], failed=ends["failed"], rows=summary(rows))
+    counts = {end: ends[end] for end in ("held", "failed")}
+    return dict(name="kills", about=ABOUT, planned=len(todo), tried=len(rows), **counts, rows=summary(rows))
 
 
 if __name__ == "__main__":
