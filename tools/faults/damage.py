@@ -23,9 +23,9 @@ from faults.mutants import Mutant
 
 LIMIT = 20.0 # seconds for one mutant
 REFUSALS = (ValueError, RuntimeError, OSError)
-ABOUT = ("A file of each kind is spoilt: cut off, a bit flipped, bytes overwritten or inserted, a field of its header with a value "
-         "of another type or meaning, a table too few, too many, of another shape or with NaN. Right: it loads with what it holds, "
-         "or ValueError, RuntimeError or OSError that names it, within 20 seconds, with model and adapter as they were.")
+ABOUT = ("A file of each kind is spoilt: cut off, a bit flipped, bytes overwritten or inserted, a field of its header with a "
+         "value of another type or meaning, a table too few, too many, of another shape or with NaN. Right: it loads with what "
+         "it holds, or ValueError, RuntimeError or OSError that names it, in 20 seconds, with model and adapter as they were.")
 
 
 @dataclass
