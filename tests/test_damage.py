@@ -222,3 +222,26 @@ def test_a_path_is_not_asked_for_on_the_hub(tmp_path, monkeypatch, name):
     (tmp_path / "runs").mkdir()
     for load in (load_adapter, from_peft, lambda model, name: read_metadata(name), lambda model, name: load_model(name)):
         with pytest.raises(OSError, match=f"{name}.*no such f"): load(build(), name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+def test_factors_of_peft_that_are_no_floats(tmp_path, dtype):
+    to_peft(adapter_of("lora", build(), r=2, targets="q_proj"), tmp_path)
+    mutants.write_tables(tmp_path / damage.WEIGHTS, lambda flat: flat | {(key := next(iter(flat))): flat[key].to(dtype)})
+    model = build()
+    before = state(model)
+    with pytest.raises(OSError, match=f"{tmp_path}: 1 factors hold values that are not finite floats"): from_peft(model, tmp_path)
+    assert not changes(before, model)
+
+
+@pytest.mark.parametrize("factor, dtype", [(1e300, torch.float64), (1e25, torch.float32)], ids=str)
+def test_a_spectrum_so_large_that_its_norm_overflows_is_no_match(tmp_path, factor, dtype):
+    "Infinite in the adapter's dtype, or when it is squared."
+    path = tmp_path / "a"
+    adapter_of("pissa-extracted", build(), targets="q_proj").save(path)
+    name = "S.model.layers.1.self_attn.q_proj"
+    mutants.write_tables(path, lambda flat: flat | {name: flat[name].to(dtype) * factor})
+    model = build()
+    before = state(model)
+    with pytest.raises((OSError, ValueError), match=str(path)): load_adapter(model, path)
+    assert not changes(before, model)

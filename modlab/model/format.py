@@ -185,7 +185,7 @@ def _checked(path:Path, key:str, t:Tensor) -> Tensor:
     "`OSError` unless these are finite floats, or whole numbers (indices)."
     if t.dtype == torch.int64: return t
     if not t.is_floating_point(): raise OSError(f"{path}: {key} is of type {t.dtype}, expected floats or indices; save it again")
-    wide = t.float() if t.itemsize == 1 else t  # 8-bit floats have no test of their own
+    wide = t.float() if t.itemsize in (1, 8) else t  # 8-bit floats have no test of their own; float64 must fit into float32
     if bad := int((~wide.isfinite()).sum()):
         raise OSError(f"{path}: {bad} of {t.numel()} values of {key} are NaN or infinite; copy or save it again")
     return t
