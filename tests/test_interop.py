@@ -432,8 +432,12 @@ def test_folders_that_are_not_whole(folder, good):
     refused(folder, r"no adapter_config.json.*\['epoch1'\]", OSError)
 
 
-@pytest.mark.parametrize("path", ["nobody/nothing", "no folder at all", "a/b/c"])
+@pytest.mark.parametrize("path", ["nobody/nothing", "no folder at all"])
 def test_neither_a_folder_nor_on_the_hub(path): refused(path, "no such folder here, and no such adapter on the hub", OSError)
+
+
+@pytest.mark.parametrize("path", ["a/b/c", "./a", Path("owner/name")], ids=str)
+def test_a_path_that_is_not_there(path): refused(path, "there is no such folder, and it looks like a path", OSError)
 
 
 def test_a_file_of_modlab_is_sent_elsewhere(tmp_path):

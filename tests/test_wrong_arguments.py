@@ -1,4 +1,4 @@
-"""A model in the place of the tokenizer, a path in the place of the model, a text beyond a model's positions: told at every entry point."""
+"""A model in the place of the tokenizer, a path in that of the model, a text beyond the positions: told at every entry point."""
 import json
 import subprocess
 import sys
@@ -43,14 +43,18 @@ P, S = [dict(prompt="Tea?", cho="yes", rej="no")] * 30, [dict(prompt="Tea?", com
 H = [(a, 1.0)]
 calls = {
     "kl_curve": lambda m, t: kl_curve(m, t, a, P, [0.0]), "calibrate_c": lambda m, t: calibrate_c(m, t, a, P, 0.1),
-    "heal": lambda m, t: heal(m, t, S), "heal with an adapter": lambda m, t: heal(m, t, a, S), "contrast": lambda m, t: contrast(m, t, a, P),
+    "heal": lambda m, t: heal(m, t, S), "heal with an adapter": lambda m, t: heal(m, t, a, S),
+    "contrast": lambda m, t: contrast(m, t, a, P),
     "gradient_cosine": lambda m, t: gradient_cosine(m, t, a, P), "capture_activations": lambda m, t: capture_activations(m, t, P),
     "capture_statistics": lambda m, t: capture_statistics(m, t, P), "explore": lambda m, t: explore(m, t, a, P, live=False),
     "ModulatedLoRA": lambda m, t: ModulatedLoRA(m), "ModulatedPiSSA": lambda m, t: ModulatedPiSSA(m, selection_score="s_only"),
     "find_targets": lambda m, t: find_targets(m), "target_table": lambda m, t: target_table(m),
-    "load_adapter": lambda m, t: load_adapter(m, f"{folder}/a.safetensors"), "from_peft": lambda m, t: from_peft(m, f"{folder}/peft"),
-    "from_checkpoint": lambda m, t: ModulatedLoRA.from_checkpoint(m, f"{folder}/a.safetensors"), "attach": lambda m, t: a(m, 1.0).__enter__(),
-    "HistoryBake": lambda m, t: HistoryBake(m, H), "baked": lambda m, t: baked(m, H).__enter__(), "bake_": lambda m, t: bake_(m, H),
+    "load_adapter": lambda m, t: load_adapter(m, f"{folder}/a.safetensors"),
+    "from_peft": lambda m, t: from_peft(m, f"{folder}/peft"),
+    "from_checkpoint": lambda m, t: ModulatedLoRA.from_checkpoint(m, f"{folder}/a.safetensors"),
+    "attach": lambda m, t: a(m, 1.0).__enter__(),
+    "HistoryBake": lambda m, t: HistoryBake(m, H), "baked": lambda m, t: baked(m, H).__enter__(),
+    "bake_": lambda m, t: bake_(m, H),
     "bake_report": lambda m, t: bake_report(m, H), "restore": lambda m, t: restore(m), "encode": lambda m, t: encode(t, "a", "b"),
     "batches": lambda m, t: list(batches(t, P, "cho"))}
 found = {}
@@ -68,7 +72,8 @@ def test_a_model_and_a_tokenizer_in_each_others_place(tmp_path):
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    says = {"swapped": ("TokenizersBackend", "PreTrainedTokenizerFast", "LlamaForCausalLM"), "path": ("str",), "nothing": ("NoneType",)}
+    says = {"swapped": ("TokenizersBackend", "PreTrainedTokenizerFast", "LlamaForCausalLM"), "path": ("str",),
+            "nothing": ("NoneType",)}
     assert len(found) == 72
     wrong = {name: end for name, end in found.items()
              if end[0] != "ValueError" or not any(word in end[1] for word in says[name.rpartition(", ")[2]])}
@@ -77,8 +82,8 @@ def test_a_model_and_a_tokenizer_in_each_others_place(tmp_path):
 
 SMALL = dict(vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
 TABLES = dict(gpt2=(GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2, n_positions=48), 48),
-              opt=(OPTConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16,
-                             max_position_embeddings=48), 48),
+              opt=(OPTConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16,
+                             word_embed_proj_dim=16, max_position_embeddings=48), 48),
               roberta=(RobertaConfig(**SMALL, max_position_embeddings=50, is_decoder=True, pad_token_id=1), 48))
 
 
@@ -104,7 +109,8 @@ ENTRIES = dict(
     kl_curve=lambda m, t, a, P: kl_curve(m, t, a, P, [0.0]), calibrate_c=lambda m, t, a, P: calibrate_c(m, t, a, P, 0.1),
     held_out=lambda m, t, a, P: calibrate_c(m, t, a, P[:2], 0.1, held_out=P),
     heal=lambda m, t, a, P: heal(m, t, SAMPLES, cfg=HealConfig(min_train=1)),
-    contrast=lambda m, t, a, P: contrast(m, t, a, P, ContrastConfig(val_frac=0.0)), cosine=lambda m, t, a, P: gradient_cosine(m, t, a, P),
+    contrast=lambda m, t, a, P: contrast(m, t, a, P, ContrastConfig(val_frac=0.0)),
+    cosine=lambda m, t, a, P: gradient_cosine(m, t, a, P),
     activations=lambda m, t, a, P: capture_activations(m, t, P), statistics=lambda m, t, a, P: capture_statistics(m, t, P),
     explore=lambda m, t, a, P: explore(m, t, a, P, live=False))
 

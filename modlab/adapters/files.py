@@ -58,7 +58,7 @@ def read_checkpoint(path:str|Path) -> Checkpoint:
     elif blank := [n for n in ck.names if n not in ck.prints]:
         raise OSError(f"{path}: it has no fingerprint of {len(blank)} of its layers ({few(blank)}); save the adapter again")
     if "scale" in ck.meta and set(ck.meta["scale"]) != set(ck.names):
-        raise OSError(f"{path}: its header gives scales for {len(ck.meta['scale'])} layers, not for the {len(ck.names)} that it holds; "
+        raise OSError(f"{path}: its header gives scales for {len(ck.meta['scale'])} layers, not for the {len(ck.names)} in it; "
                       "save the adapter again")
     return ck
 

@@ -100,7 +100,7 @@ def _check_directions(ck:Checkpoint, layers:Mapping[str, nn.Module], strict:bool
     for name, layer in layers.items():
         W = base_weight(layer, live).float()
         U, S, Vh = (ck.tables[t][name].to(W) for t in ("U", "S", "Vh"))
-        if not ((W @ Vh.T * U).sum(0) - S).norm() <= 2**-5 * S.norm(): other.append(name)
+        if not ((W @ Vh.T * U).sum(0) - S).double().norm() <= 2**-5 * S.double().norm(): other.append(name) # no square overflows
     if other: refuse(f"{ck.path}: its singular directions are not those of {len(other)} of {len(layers)} weights ({few(other)}): "
                      "another base, or a weight that they were taken out of already", strict)
 

@@ -116,7 +116,8 @@ def _runs_of(model:nn.Module, tok:PreTrainedTokenizerBase, records:Sequence[dict
     "One side of the records in batches, with a progress bar."
     check_count("batch_size", batch_size)
     total = math.ceil(len(records) / batch_size)
-    yield from tqdm(batches(tok, records, side, batch_size, room=room_of(model)), desc=f"capture {side}", total=total, leave=False, delay=1)
+    found = batches(tok, records, side, batch_size, room=room_of(model))
+    yield from tqdm(found, desc=f"capture {side}", total=total, leave=False, delay=1)
 
 def by_layer(by_side:Mapping[str, Mapping]) -> dict:
     "From side -> layer to layer -> side; a single text has no sides."
@@ -160,4 +161,5 @@ def capture_statistics(model:nn.Module, tok:PreTrainedTokenizerBase,
     limit, layers, sides = _wanted(max_tokens), find_targets(model, cfg), sides_of(records)
     check_after(model, after)
     frames = {name: (S.cpu(), Vh.cpu() if offloading(layers[name]) else Vh) for name, (_, S, Vh) in directions(layers, after)}
-    return by_layer({side: _streamed(model, layers, _runs_of(model, tok, records, side, batch_size), limit, frames) for side in sides})
+    runs = {side: _runs_of(model, tok, records, side, batch_size) for side in sides}
+    return by_layer({side: _streamed(model, layers, runs[side], limit, frames) for side in sides})

@@ -73,7 +73,8 @@ def _encode_pair(tok:PreTrainedTokenizerBase, pair:dict, n:int, max_len:int, sam
                          "leave the pair out, or raise max_len if they were cut")
     return Pair(n, **sides)
 
-def encode_pairs(tok:PreTrainedTokenizerBase, pairs:Sequence[dict], max_len:int, same:bool=False, room:int|None=None) -> list[Pair]:
+def encode_pairs(tok:PreTrainedTokenizerBase, pairs:Sequence[dict], max_len:int, same:bool=False, room:int|None=None
+                ) -> list[Pair]:
     "All pairs as token ids. `ValueError` for samples, or naming the first pair that cannot be used."
     if sides_of(pairs) != ("cho", "rej"):
         raise ValueError("record 0 is a sample {prompt, completion}, expected pairs {prompt, cho, rej}; heal trains on samples")

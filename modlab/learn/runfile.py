@@ -44,8 +44,8 @@ def _read(path:Path, identity:Mapping[str, object], parts:Iterable[str]) -> dict
     if not isinstance(state, dict) or not {"identity", *parts} <= set(state):
         raise OSError(f"{path}: a torch file, but not that of a training run; give another path")
     if not _whole(state):
-        raise OSError(f"{path}: damaged, its content is not what was written (the digest differs); give another path, or remove it "
-                      "to start anew")
+        raise OSError(f"{path}: damaged, its content is not what was written (the digest differs); give another path, or remove "
+                      "it to start anew")
     _check_identity(path, state["identity"], identity)
     return state
 

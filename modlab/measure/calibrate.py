@@ -137,7 +137,8 @@ def calibrate_c(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, #
     "The dose whose KL(c‖0) meets a budget. Not found in the bracket: `reached` False, `c` NaN. `ValueError`: bad arguments."
     _check_budget(target_kl, stat, sign, bracket, tol)
     check_model(adapter, model)
-    encoded = [None if r is None else encode_records(tok, r, sides_of(r)[0], max_len, room_of(model)) for r in (records, held_out)]
+    room = room_of(model)
+    encoded = [None if r is None else encode_records(tok, r, sides_of(r)[0], max_len, room) for r in (records, held_out)]
     text = [list(in_batches(tok, part, batch_size)) for part in _split(*encoded)]
     with evaluating(model), adapter(model, 0.0):
         readout = Readout(model, text[0][0], [adapter])

@@ -188,7 +188,7 @@ def _checked(path:Path, key:str, t:Tensor) -> Tensor:
     "`OSError` unless these are finite floats, or whole numbers (indices)."
     if t.dtype == torch.int64: return t
     if not t.is_floating_point(): raise OSError(f"{path}: {key} is of type {t.dtype}, expected floats or indices; save it again")
-    wide = t.float() if t.itemsize == 1 else t  # 8-bit floats have no test of their own
+    wide = t.float() if t.itemsize in (1, 8) else t  # 8-bit floats have no test of their own; float64 must fit into float32
     if bad := int((~wide.isfinite()).sum()):
         raise OSError(f"{path}: {bad} of {t.numel()} values of {key} are NaN or infinite; copy or save it again")
     return t
@@ -197,7 +197,7 @@ def _checked(path:Path, key:str, t:Tensor) -> Tensor:
 def _tensors(path:Path, f) -> dict[str, Tensor]:
     "Every tensor of an open file, checked; `OSError` for one that cannot be read."
     try: return {key: _checked(path, key, f.get_tensor(key)) for key in f.keys()}
-    except (SafetensorError, RuntimeError) as e: raise OSError(f"{path}: its tensors cannot be read ({e}); copy or save it again") from e
+    except (SafetensorError, RuntimeError) as e: raise OSError(f"{path}: it cannot be read ({e}); copy or save it again") from e
 
 def read_file(path:Path) -> tuple[dict, dict[str, dict[str, Tensor]]]: # header, tables
     "Read a whole file and check every value. Errors as `read_header`."

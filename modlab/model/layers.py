@@ -128,7 +128,7 @@ def _wrapped(module:nn.Module) -> nn.Module|None: # None: it is no wrapper
 def check_module(model:object) -> None:
     "`ValueError` for what is no model."
     if isinstance(model, nn.Module): return
-    raise ValueError(f"a {type(model).__name__} in the place of the model, expected a PyTorch module; the order is (model, tok, …)")
+    raise ValueError(f"a {type(model).__name__} in the place of the model, expected a PyTorch module; mind the order: model, tok")
 
 def inner_model(model:nn.Module) -> nn.Module: # the same object where nothing is wrapped around it
     "The plain model, or layer, inside whatever `torch.compile`, data parallelism and PEFT wrapped around it."

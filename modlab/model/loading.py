@@ -120,7 +120,7 @@ def _default_model_folder() -> Path: # a folder that `from_pretrained` reads
         warnings.warn(f"the cache cannot be written ({e}): the default model is converted for this process alone; MODLAB_CACHE "
                       "names another folder", stacklevel=3)
         return Path(_uncached(source).name)
-    if folder.exists(): warnings.warn(f"{folder} is not what was written there: the default model is converted again", stacklevel=3)
+    if folder.exists(): warnings.warn(f"{folder} is not what was written there: the model is converted again", stacklevel=3)
     return _converted(folder)
 
 # %% ../../nbs/2_model/05_loading.ipynb #fd860fcd

@@ -30,7 +30,8 @@ def _tokens(tok:PreTrainedTokenizerBase, text:str, special:bool=False) -> list[i
     "Token ids of a text; `ValueError` for whatever the tokenizer raises."
     try: return list(tok(text, add_special_tokens=special).input_ids)
     except Exception as e:
-        raise ValueError(f"the tokenizer (a {type(tok).__name__}) refuses {text[:60]!r} ({type(e).__name__}: {str(e)[:200]})") from e
+        why = f"{type(e).__name__}: {str(e)[:200]}"
+        raise ValueError(f"the tokenizer (a {type(tok).__name__}) refuses {text[:60]!r} ({why})") from e
 
 def _text_ids(tok:PreTrainedTokenizerBase, text:str) -> list[int]:
     "A text with the special tokens that the tokenizer puts in front of it, and without those that it appends."

@@ -108,8 +108,8 @@ def _split(path:str|Path, weights:Mapping[str, Tensor]) -> dict[str, dict[str, T
                          f"({few(foreign)}), and a ModulatedLoRA has no place for them; {_KEEP}")
     if not weights or tables["A"].keys() != tables["B"].keys():
         raise OSError(f"{path}: incomplete: {len(tables['A'])} factors A and {len(tables['B'])} factors B; copy or save it again")
-    if bad := [key for key, t in weights.items() if not t.isfinite().all()]:
-        raise OSError(f"{path}: {len(bad)} factors hold values that are not finite ({few(bad)}); copy or save it again")
+    if bad := [key for key, t in weights.items() if not (t.is_floating_point() and t.isfinite().all())]:
+        raise OSError(f"{path}: {len(bad)} factors hold values that are not finite floats ({few(bad)}); copy or save it again")
     return tables
 
 # %% ../../nbs/6_share/02_fields.ipynb #db23b8e1

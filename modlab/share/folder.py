@@ -80,7 +80,8 @@ def write_folder(path:Path, config:"peft.LoraConfig", tensors:Mapping[str, Tenso
         config.save_pretrained(half)
         save_file(dict(tensors), half / WEIGHTS[0], metadata={"format": "pt"})
         _put(half, path)
-    except (OSError, SafetensorError) as e: raise OSError(f"{path}: it cannot be written ({e}); make room, or give another path") from e
+    except (OSError, SafetensorError) as e:
+        raise OSError(f"{path}: it cannot be written ({e}); make room, or give another path") from e
     finally: shutil.rmtree(half, ignore_errors=True) # by now the old one, if all went well
 
 # %% ../../nbs/6_share/01_folder.ipynb #13dffbf1
@@ -90,7 +91,8 @@ def _folder_of(path:str|Path) -> Path:
     if Path(path).exists():
         raise NotADirectoryError(f"{path}: is a file, and a PEFT adapter is a folder; load_adapter(model, path) reads the files "
                                  "that modlab saves")
-    try: return Path(snapshot_download(hub_name(path), allow_patterns=["adapter_*"]))
+    name = hub_name(path)
+    try: return Path(snapshot_download(name, allow_patterns=["adapter_*"]))
     except (OSError, ValueError) as e:
         raise FileNotFoundError(f"{path}: no such folder here, and no such adapter on the hub ({type(e).__name__})") from e
 

@@ -111,7 +111,8 @@ class Study:
         check_model(adapter, model)
         self.model, self.tok, self.adapter = model, tok, adapter
         self.records, self.sides = ([], ()) if records is None else (list(records), sides_of(records))
-        if self.records: encode_records(tok, self.records, self.sides[0], room=room_of(model)) # bad records are refused now, not later in a thread
+        if self.records: # bad ones are refused now, not later in a thread
+            encode_records(tok, self.records, self.sides[0], room=room_of(model))
         self.calibrated = _dose_of(calibrated)
         self.cs = sorted({0.0, *check_doses(cs)} | ({self.calibrated} - {None}), key=lambda c: (abs(c), c))
         if len(self.cs) < 2: raise ValueError(f"cs must hold a dose other than 0, got {list(cs)}")

@@ -1,7 +1,8 @@
-"""Damaged files: mutants of every kind of file that modlab reads. Each one loads with the values that it holds, or is refused with its
-name in an error of the right kind, soon, and with model and adapter as they were."""
+"""Damaged files: mutants of every kind of file that modlab reads. Each one loads with the values that it holds, or is refused
+with its name in an error of the right kind, soon, and with model and adapter as they were."""
 import json
 import logging
+import os
 import random
 import shutil
 import sys
@@ -15,15 +16,16 @@ from itertools import count, islice
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+
 from faults import children, mutants
 from faults.mutants import Mutant
-from safetensors.torch import load_file
 
 LIMIT = 20.0 # seconds for one mutant
 REFUSALS = (ValueError, RuntimeError, OSError)
-ABOUT = ("A file of each kind is spoilt: cut off, a bit flipped, bytes overwritten or inserted, a field of its header with a value of "
-         "another type or meaning, a table too few, too many, of another shape or with NaN. Right: it loads with exactly what it holds, or "
-         "ValueError, RuntimeError or OSError that names it, within 20 seconds, with model and adapter as they were.")
+ABOUT = ("A file of each kind is spoilt: cut off, a bit flipped, bytes overwritten or inserted, a field of its header with a "
+         "value of another type or meaning, a table too few, too many, of another shape or with NaN. Right: it loads with what "
+         "it holds, or ValueError, RuntimeError or OSError that names it, in 20 seconds, with model and adapter as they were.")
 
 
 @dataclass
@@ -38,9 +40,17 @@ class Family:
 
 def refusal(e: Exception, *names: Path | str) -> str:
     "It is of the right kind, and says which file it is about."
-    assert isinstance(e, REFUSALS) and not isinstance(e, RecursionError | NotImplementedError | UnicodeError), f"{type(e).__name__}: {e}"
+    other = RecursionError | NotImplementedError | UnicodeError
+    assert isinstance(e, REFUSALS) and not isinstance(e, other), f"{type(e).__name__}: {e}"
     assert any(str(name) in str(e) for name in names), f"the file is not named: {type(e).__name__}: {e}"
     return "refused"
+
+
+def hush() -> None:
+    "This process, a child, says nothing from here on. (What it prints may go to a file, on a disk that is full.)"
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2): os.dup2(nowhere, stream)
+    logging.disable(logging.CRITICAL)
 
 
 @contextmanager
@@ -55,7 +65,8 @@ def everything(model: torch.nn.Module, adapter: object) -> list:
     kept = [(n, p, p.data, p.requires_grad) for n, p in model.named_parameters()]
     tables = [(t, n, v) for t in adapter.tables for n, v in getattr(adapter, t).items()]
     meta = dict(adapter.meta(), cfg=adapter.cfg, c=adapter.c, attached=adapter.attached, extracted=adapter.extracted)
-    values = [(n, id(p), d.data_ptr(), d.clone(), g) for n, p, d, g in kept] + [(t, n, id(v), v.detach().clone()) for t, n, v in tables]
+    values = [(n, id(p), d.data_ptr(), d.clone(), g) for n, p, d, g in kept]
+    values += [(t, n, id(v), v.detach().clone()) for t, n, v in tables]
     return [values, meta, [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]]
 
 
@@ -81,7 +92,8 @@ def build() -> torch.nn.Module:
 def adapter_of(kind: str, model: torch.nn.Module, seed: int = 2) -> object:
     from modlab import ModulatedLoRA, ModulatedPiSSA
     g = torch.Generator().manual_seed(seed)
-    if kind != "lora": return ModulatedPiSSA(model, **SMALL, selection_score="s_only", extract=kind == "extracted PiSSA", generator=g)
+    if kind != "lora":
+        return ModulatedPiSSA(model, **SMALL, selection_score="s_only", extract=kind == "extracted PiSSA", generator=g)
     a = ModulatedLoRA(model, **SMALL, generator=g)
     with torch.no_grad():
         for B in a.B.values(): B.copy_(torch.randn(B.shape, generator=g) * 0.1)
@@ -153,7 +165,8 @@ BYTES = ("cut off", "a flipped bit", "overwritten bytes", "bytes too many")
 def intact(adapter: object, good: dict) -> bool:
     "Is everything as it was saved?"
     tables = {f"{t}.{n}": v.detach() for t in adapter.tables for n, v in getattr(adapter, t).items()}
-    return adapter.cfg == good["cfg"] and tables.keys() == good["tables"].keys() and all(same(tables[k], good["tables"][k]) for k in tables)
+    if adapter.cfg != good["cfg"] or tables.keys() != good["tables"].keys(): return False
+    return all(same(tables[k], good["tables"][k]) for k in tables)
 
 
 # ---- PEFT folders ----
@@ -168,8 +181,9 @@ def make_peft(folder: Path) -> None:
 
 def spoil_peft(folder: Path, rng: random.Random) -> Iterator[tuple[str, Mutant]]:
     config = json.loads((folder / CONFIG).read_text())
-    sources = [(CONFIG, mutants.fields(rng, config, mutants.write_json)), (WEIGHTS, mutants.tables(rng, sorted(load_file(folder / WEIGHTS)))),
-               (CONFIG, mutants.bytewise(rng)), (WEIGHTS, mutants.bytewise(rng)), (CONFIG, mutants.fields(rng, config, mutants.write_json))]
+    values, tables = mutants.fields(rng, config, mutants.write_json), mutants.tables(rng, sorted(load_file(folder / WEIGHTS)))
+    raw = mutants.bytewise(rng)
+    sources = [(CONFIG, values), (WEIGHTS, tables), (CONFIG, raw), (WEIGHTS, raw), (CONFIG, values)]
     while True:
         for name, source in sources:
             if (m := next(source, None)) is not None: yield name, m
@@ -177,9 +191,10 @@ def spoil_peft(folder: Path, rng: random.Random) -> Iterator[tuple[str, Mutant]]
 
 def check_peft(folder: Path, good: None, damage: str) -> str:
     "Where modlab reads a folder, PEFT reads the same numbers out of it and gives each layer the same scale."
-    from modlab import from_peft
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
+
+    from modlab import from_peft
     model = build()
     mine = adapter_of("lora", model)
     before = everything(model, mine)
@@ -204,7 +219,8 @@ PAIRS = "pairs.jsonl"
 
 
 def make_pairs(folder: Path) -> None:
-    records = [dict(prompt=f"Où est {n}? \u2028 é", cho="là", rej="ici", split=["train", "test"][n % 3 == 0]) for n in range(8)]
+    splits = ["test", "train", "train"] * 3
+    records = [dict(prompt=f"Où est {n}? \u2028 é", cho="là", rej="ici", split=splits[n]) for n in range(8)]
     records[3]["prompt"] = [dict(role="user", content="Tea?")]
     (folder / PAIRS).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
 
@@ -283,7 +299,8 @@ def check_run(folder: Path, good: dict, damage: str) -> str:
     path = folder / RUN
     try: got = healed(path)
     except Exception as e: return refusal(e, path)
-    if damage in BYTES: assert got.keys() == good.keys() and all(same(got[n], good[n]) for n in good), "it went on to something else"
+    if damage in BYTES:
+        assert got.keys() == good.keys() and all(same(got[n], good[n]) for n in good), "it went on to something else"
     assert all(t.isfinite().all() for t in got.values()), "it went on to something that is not finite"
     return "held"
 
@@ -294,7 +311,6 @@ WEIGHT = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
 
 
 def with_cache(folder: Path, what: Callable[[], object]) -> object:
-    import os
     os.environ.update(MODLAB_CACHE=str(folder), MODLAB_SVD_CACHE="1")
     with quiet(): return what()
 
@@ -356,15 +372,18 @@ def check_model(folder: Path, good: None, damage: str) -> str:
     assert same([*model.state_dict().values()], [*plain.state_dict().values()]), "other weights"
     ids = torch.arange(12)[None]
     with torch.no_grad(): assert same(model(ids).logits, plain(ids).logits), "other logits"
-    assert tok("Tea é?").input_ids == plain_tok("Tea é?").input_ids and tok.chat_template == plain_tok.chat_template, "another tokenizer"
+    asked = [(t("Tea é?").input_ids, t.chat_template) for t in (tok, plain_tok)]
+    assert asked[0] == asked[1], "another tokenizer"
     return "held"
 
 
 FAMILIES = [Family("LoRA file", 300, make_adapter("lora"), spoil_adapter, check_adapter("lora")),
             Family("extracted PiSSA file", 300, make_adapter("extracted PiSSA"), spoil_adapter, check_adapter("extracted PiSSA")),
             Family("PiSSA file", 200, make_adapter("PiSSA"), spoil_adapter, check_adapter("PiSSA")),
-            Family("PEFT folder", 400, make_peft, spoil_peft, check_peft), Family("pairs", 250, make_pairs, spoil_pairs, check_pairs),
-            Family("file of a run", 250, make_run, spoil_run, check_run), Family("cached decomposition", 150, make_svd, spoil_svd, check_svd),
+            Family("PEFT folder", 400, make_peft, spoil_peft, check_peft),
+            Family("pairs", 250, make_pairs, spoil_pairs, check_pairs),
+            Family("file of a run", 250, make_run, spoil_run, check_run),
+            Family("cached decomposition", 150, make_svd, spoil_svd, check_svd),
             Family("cached model", 150, make_model, spoil_model, check_model)]
 
 
@@ -375,7 +394,7 @@ def prepared(family: Family, out: Path, n: int, seed: int) -> tuple[object, Iter
     good = out / "good" / family.name.replace(" ", "-")
     shutil.rmtree(good, ignore_errors=True)
     good.mkdir(parents=True)
-    made = children.run(lambda: family.make(good), LIMIT)
+    made = children.run(lambda: hush() or family.make(good), LIMIT)
     assert made.ok, f"{made.error}\n{made.trace}"
     return made.value, islice(family.spoil(good, random.Random(f"{family.name} {seed}")), n)
 
@@ -390,7 +409,7 @@ def tried(family: Family, known: object, out: Path, name: str, mutant: Mutant) -
     try: apply(folder / name)
     except Exception as e: return row | dict(end="held", note=f"cannot be made: {e}") # such a file cannot be
     def check() -> str:
-        logging.disable(logging.CRITICAL)
+        hush()
         with quiet(): return family.check(folder, known, kind)
     outcome = children.run(check, LIMIT)
     if outcome.ok: return row | dict(end=outcome.value)
@@ -402,7 +421,7 @@ def summary(rows: list[dict]) -> list[dict]:
     counts = Counter((r["file"], r["damage"], r["end"]) for r in rows)
     kinds = dict.fromkeys((r["file"], r["damage"]) for r in rows)
     ends = [dict(file=f, damage=d, **{e: counts[f, d, e] for e in ("held", "refused", "failed")}) for f, d in sorted(kinds)]
-    return ends + [dict(file=r["file"], damage=r["damage"], what=r["what"], error=r["error"]) for r in rows if r["end"] == "failed"]
+    return ends + [{k: r[k] for k in ("file", "damage", "what", "error")} for r in rows if r["end"] == "failed"]
 
 
 def run(budget_s: float, full: bool, out: Path, families: list[Family] = FAMILIES, seed: int = 0) -> dict:
@@ -418,8 +437,8 @@ def run(budget_s: float, full: bool, out: Path, families: list[Family] = FAMILIE
             rows += [tried(family, known, out, *item) for item in some]
     ends = Counter(r["end"] for r in rows)
     (out / "damage.json").write_text(json.dumps(rows, indent=1))
-    return dict(name="damage", about=ABOUT, planned=sum(plan.values()), tried=len(rows), held=ends["held"], refused=ends["refused"],
-                failed=ends["failed"], rows=summary(rows))
+    counts = {end: ends[end] for end in ("held", "refused", "failed")}
+    return dict(name="damage", about=ABOUT, planned=sum(plan.values()), tried=len(rows), **counts, rows=summary(rows))
 
 
 if __name__ == "__main__":

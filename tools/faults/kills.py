@@ -1,7 +1,6 @@
-"""Writers that are interrupted: `kill -9` at random moments, a full disk, a folder that is read-only, two processes on one path. The old
-content or the new one is there afterwards, whole, and the next use leaves nothing else."""
+"""Writers that are interrupted: `kill -9` at random moments, a full disk, a folder that is read-only, two processes on one path.
+The old content or the new one is there afterwards, whole, and the next use leaves nothing else."""
 import json
-import logging
 import os
 import random
 import resource
@@ -19,14 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from faults import children, damage
 from safetensors.torch import load_file
 
+from faults import children, damage
+
 LIMIT = 60.0 # seconds for one case
-ABOUT = ("Every function that writes is killed with SIGKILL at a random moment, given a disk that is full after some bytes (a small tmpfs, or "
-         "a limit on the size of files), a folder that it may only read, and a second process on the same path. Right: the old content or "
-         "the new one is there, whole; what fails says so as an OSError with the path, or as a warning where the file is no more than a "
-         "convenience; and once it is old, the next use removes what a killed process left.")
+ABOUT = ("Every function that writes is killed with SIGKILL at a random moment, given a disk that is full after some bytes (a "
+         "small tmpfs, or a limit on the size of files), a folder that it may only read, and a second process on the same path. "
+         "Right: the old content or the new one is there, whole; what fails says so as an OSError with the path, or as a warning "
+         "where the file is no more than a convenience; and once it is old, the next use removes what a killed process left.")
 
 
 @dataclass
@@ -58,7 +58,8 @@ MADE: dict[int, object] = {} # made once, before any fork
 
 def which(tables: dict, prefix: str = "") -> int:
     "The number of the adapter of which these are all the tables."
-    found = {n for n, a in MADE.items() if {len(t) for k, t in tables.items() if ".lora_A" in k or k.startswith("A.")} == {3 + 4 * n}}
+    ranks = {len(t) for k, t in tables.items() if ".lora_A" in k or k.startswith("A.")}
+    found = {n for n in MADE if ranks == {3 + 4 * n}}
     assert len(found) == 1, "of neither, or of both"
     n, = found
     up = [t for k, t in tables.items() if ".lora_B" in k or k.startswith("B.")]
@@ -157,8 +158,7 @@ WRITERS = [Writer("save", lambda folder, n: MADE[n].save(folder / damage.ADAPTER
 # ---- what happens to them ----
 
 def silently(f: Callable[[], object]) -> object:
-    logging.disable(logging.CRITICAL)
-    os.environ["TQDM_DISABLE"] = "1"
+    damage.hush()
     with damage.quiet(): return f()
 
 
@@ -255,7 +255,7 @@ def fill(writer: Writer, folder: Path, rng: random.Random, seconds: float) -> No
     if writer.name == "conversion of the model": shutil.rmtree(folder / "smollm2-135m-instruct")
     size = rng.choice([0, 100, 1000, 2000, 3000])
     def attempt() -> None:
-        logging.disable(logging.CRITICAL)
+        damage.hush()
         with full_disk(folder, size): told(writer, lambda: writer.write(folder, 1), folder)
     outcome = children.run(attempt, LIMIT)
     assert outcome.ok, f"{outcome.how}: {outcome.error}\n{outcome.trace[-600:]}"
@@ -269,7 +269,7 @@ def fill_small_disk(writer: Writer, folder: Path, rng: random.Random, seconds: f
     if not mounted(small, 4096 * rng.choice([1, 2, 5, 10, 40])): return fill(writer, folder, rng, seconds)
     try:
         def attempt() -> None:
-            logging.disable(logging.CRITICAL)
+            damage.hush()
             told(writer, lambda: writer.write(small, 1), small)
             left = {p.name for p in small.iterdir()} | {p.name for p in small.rglob("writing-*")}
             assert left <= writer.kept, f"left behind: {sorted(left - writer.kept)}"
@@ -285,7 +285,7 @@ def read_only(writer: Writer, folder: Path, rng: random.Random, seconds: float) 
     before = sorted((str(p), p.stat().st_size) for p in folder.rglob("*"))
     for path in [folder, *folder.rglob("*")]: path.chmod(0o555 if path.is_dir() else 0o444)
     def attempt() -> None:
-        logging.disable(logging.CRITICAL)
+        damage.hush()
         if os.geteuid() == 0: os.setuid(65534)
         if writer.name in ("conversion of the model", "cache of decompositions"): # they go on without
             with damage.quiet(): writer.read(folder)
@@ -317,7 +317,8 @@ def two(writer: Writer, folder: Path, rng: random.Random, seconds: float) -> Non
 
 # ---- the part of `make faults` ----
 
-CASES = {"kill -9": (kill, 200), "full disk": (fill, 60), "small disk": (fill_small_disk, 25), "read-only folder": (read_only, 20),
+CASES = {"kill -9": (kill, 200), "full disk": (fill, 60), "small disk": (fill_small_disk, 25),
+         "read-only folder": (read_only, 20),
          "two processes": (two, 20)} # name -> (what is done, how often in a full run, over all writers)
 
 
@@ -373,7 +374,8 @@ def run(budget_s: float, full: bool, out: Path, writers: list[Writer] = WRITERS)
         rows.append(tried(writer, case, n, seconds[writer.name]))
     ends = Counter(r["end"] for r in rows)
     (out / "kills.json").write_text(json.dumps(rows, indent=1))
-    return dict(name="kills", about=ABOUT, planned=len(todo), tried=len(rows), held=ends["held"], failed=ends["failed"], rows=summary(rows))
+    counts = {end: ends[end] for end in ("held", "failed")}
+    return dict(name="kills", about=ABOUT, planned=len(todo), tried=len(rows), **counts, rows=summary(rows))
 
 
 if __name__ == "__main__":

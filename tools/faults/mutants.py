@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 Mutant = tuple[str, str, Callable[[Path], None]] # (what kind of damage, what exactly, what does it to a file)
 NOTHING = object() # in the place of a value: the field is not there
 HANGS = "^(([a-z0-9_.])+)+!$"
-VALUES = [NOTHING, None, True, False, 0, -1, 1, 3, 2.5, -0.0, 1e308, 10**30, float("nan"), float("inf"), -float("inf"), "", "x", "1",
-          "\ud83d", HANGS, "(", "a" * 5000, [], ["x"], [1], [None], [[]], [HANGS], ["("], [0.0, 1.0], [float("nan"), 1.0], {}, {"x": 1},
-          {"x": None}, {"": {}}, "float16", "int64", "lora", "pissa", "LORA"]
+VALUES = [NOTHING, None, True, False, 0, -1, 1, 3, 2.5, -0.0, 1e308, 10**30, float("nan"), float("inf"), -float("inf"), "", "x",
+          "1", "\ud83d", HANGS, "(", "a" * 5000, [], ["x"], [1], [None], [[]], [HANGS], ["("], [0.0, 1.0], [float("nan"), 1.0],
+          {}, {"x": 1}, {"x": None}, {"": {}}, "float16", "int64", "lora", "pissa", "LORA"]
 
 
 def shown(value: object) -> str: return "nothing" if value is NOTHING else repr(value)[:40]
@@ -125,10 +125,12 @@ def special(value: float) -> Callable[[torch.Tensor, random.Random], torch.Tenso
 
 CHANGES = {
     "NaN": special(float("nan")), "infinite": special(float("inf")), "minus infinite": special(-float("inf")),
-    "a row less": lambda t, rng: t[1:].clone(), "no row": lambda t, rng: t[:0].clone(), "one axis more": lambda t, rng: t[None].clone(),
+    "a row less": lambda t, rng: t[1:].clone(), "no row": lambda t, rng: t[:0].clone(),
+    "one axis more": lambda t, rng: t[None].clone(),
     "one axis": lambda t, rng: t.flatten().clone(), "the last axis cut": lambda t, rng: t[..., :-1].clone(),
     "transposed": lambda t, rng: t.T.contiguous(), "a number": lambda t, rng: torch.tensor(1.0),
-    "whole numbers": lambda t, rng: t.to(torch.int64), "bytes": lambda t, rng: t.to(torch.uint8), "bools": lambda t, rng: t.bool(),
+    "whole numbers": lambda t, rng: t.to(torch.int64), "bytes": lambda t, rng: t.to(torch.uint8),
+    "bools": lambda t, rng: t.bool(),
     "float64": lambda t, rng: t.double(), "float16": lambda t, rng: t.half(), "complex": lambda t, rng: t.to(torch.complex64),
     "negative": lambda t, rng: -t.abs() - 1, "huge": lambda t, rng: t.double() * 1e300}
 
@@ -145,7 +147,8 @@ def tables(rng: random.Random, names: list[str]) -> Iterator[Mutant]:
         table, _, layer = key.partition(".")
         found += [("another table", f"{key}: {how}", alter(key, how, rng.random())) for how in CHANGES]
         found += [("a table too few", key, lose(key)), ("a table too many", key, add(f"{table}.{layer}.x")),
-                  ("a table too many", key, add(f"extra.{layer}")), ("a table renamed", key, rename(key, f"{table}.{layer[::-1]}")),
+                  ("a table too many", key, add(f"extra.{layer}")),
+                  ("a table renamed", key, rename(key, f"{table}.{layer[::-1]}")),
                   ("a table renamed", key, rename(key, layer)), ("a table too many", "no name", add(""))]
     rng.shuffle(found)
     for kind, what, change in found: yield kind, what, lambda p, change=change: write_tables(p, change)
@@ -161,12 +164,13 @@ def raw_header(rng: random.Random) -> Iterator[Mutant]:
             path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + n:])
         return apply
     first = lambda h: next(k for k in h if k != "__metadata__")
-    changes = {"no metadata": lambda h: {k: v for k, v in h.items() if k != "__metadata__"}, "null": lambda h: None, "a list": lambda h: [],
-               "metadata of numbers": lambda h: h | {"__metadata__": {"format": 1}}, "metadata null": lambda h: h | {"__metadata__": None},
+    changes = {"no metadata": lambda h: {k: v for k, v in h.items() if k != "__metadata__"}, "null": lambda h: None,
+               "a list": lambda h: [], "metadata of numbers": lambda h: h | {"__metadata__": {"format": 1}},
+               "metadata null": lambda h: h | {"__metadata__": None},
                "nested": lambda h: h | {"__metadata__": h["__metadata__"] | {"note": "[" * 100_000}},
                "not JSON": lambda h: h | {"__metadata__": h["__metadata__"] | {"r": "{]"}}}
-    for key, value in [("dtype", "F8"), ("dtype", "I64"), ("shape", [-1]), ("shape", [2**40]), ("shape", None), ("data_offsets", [0, 1]),
-                       ("data_offsets", [5, 2]), ("data_offsets", [0, 2**60])]:
+    for key, value in [("dtype", "F8"), ("dtype", "I64"), ("shape", [-1]), ("shape", [2**40]), ("shape", None),
+                       ("data_offsets", [0, 1]), ("data_offsets", [5, 2]), ("data_offsets", [0, 2**60])]:
         changes[f"{key} = {value}"] = lambda h, key=key, value=value: h | {first(h): h[first(h)] | {key: value}}
     found = list(changes.items())
     rng.shuffle(found)
