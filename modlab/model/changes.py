@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..maths.lowrank import LowRank, fold
 from .layers import dense_weight, swap_weight, why_fixed
-from .ledger import LOCK, Entry, Ledger, check_unchanged, extractions_of, few, ledger_of, note_change, open_ledger, stamp
+from .ledger import (LOCK, Entry, Ledger, check_unchanged, extractions_of, few, ledger_of, note_change, open_ledger,
+                                 stamp)
 
 # %% ../../nbs/2_model/03_changes.ipynb #7eeea1c7
 def _enter(layer:nn.Module, entry:Entry, W:Float[Tensor, "o i"], keep:bool=True) -> None:
@@ -79,7 +80,7 @@ def _watch(model:nn.Module) -> None:
     "Let the changed layers refuse to be saved, and them and the modules above them to be loaded; and nothing else."
     modules = dict(model.named_modules())
     changed = [name for name, m in modules.items() if ledger_of(m).entries]
-    above = {name[:n] for name in changed for n, letter in enumerate(name + ".") if letter == "."} | {""} if changed else set()
+    above = {name[:n] for name in changed for n, letter in enumerate(name + ".") if letter == "." or n == 0}
     for name, m in modules.items():
         _switch(m._load_state_dict_pre_hooks, _refuse_loading, m.register_load_state_dict_pre_hook, name in above)
         _switch(m._state_dict_pre_hooks, _refuse_saving, m.register_state_dict_pre_hook, name in changed)
@@ -191,8 +192,8 @@ def fold_for_good(layers:Mapping[str, nn.Module], maps:Callable[[str], LowRank],
 # %% ../../nbs/2_model/03_changes.ipynb #215428c8
 def _check_restorable(name:str, layer:nn.Module, force:bool) -> None:
     if not force and any(e.held or e.attached for e in ledger_of(layer).entries):
-        raise RuntimeError(f"an attached adapter or a history in force holds {name}; leave its block, or remove() it, first. Where "
-                           "that is lost, restore(model, force=True) ends it")
+        raise RuntimeError(f"an attached adapter or a history in force holds {name}; leave its block, or remove() it, first. "
+                           "Where that is lost, restore(model, force=True) ends it")
     if not force: check_unchanged(name, layer)
     elif why := why_fixed(layer) or ("" if all(e.before is not None for e in ledger_of(layer).entries) else "kept no base"):
         raise RuntimeError(f"{name} {why}, so there is nothing to put back: load the model anew")

@@ -28,7 +28,7 @@ from ..maths.scores import choose, same_spectrum, selection_scores
 from ..maths.svd import thin_svd
 from ..measure.calibrate import Calibration
 from ..measure.dose import check_doses, kl_curve
-from ..model.calls import here_only
+from ..model.alone import here_only
 from ..model.ledger import remaining
 from ..model.text import batches, encode_records, sides_of
 from .latest import breaking_off
