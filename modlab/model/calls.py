@@ -133,8 +133,8 @@ def _frames() -> list:
     return found
 
 def _keeper(frame) -> tuple[object, str]|None: # an object, and the attribute in which it keeps what to run again
-    code = frame.f_code
-    if code.co_name == "forward" and {"ctx", "run_function"} <= set(code.co_varnames): return frame.f_locals["ctx"], "run_function"
+    code, older = frame.f_code, {"ctx", "run_function"} <= set(frame.f_code.co_varnames)
+    if older and code.co_name == "forward": return frame.f_locals["ctx"], "run_function"
     generator = frame.f_locals.get("gen") if code is _NEWER else None
     return generator and (generator.gi_frame.f_locals["new_frame"], "recompute_fn")
 

@@ -88,10 +88,9 @@ def _watch(model:nn.Module) -> None:
 @contextmanager
 def _changing(layers:Mapping[str, nn.Module], model:nn.Module|None=None) -> Iterator[None]:
     "No other thread changes a weight within the block; afterwards what is watched is what is in force."
-    with LOCK:
-        try: yield
-        finally:
-            for root in layers.values() if model is None else [model]: _watch(root)
+    with LOCK, ExitStack() as after:
+        for root in layers.values() if model is None else [model]: after.callback(_watch, root)
+        yield
 
 # %% ../../nbs/2_model/03_changes.ipynb #f63f6449
 def extract(layers:Mapping[str, nn.Module], # full name -> layer
@@ -198,11 +197,8 @@ def _check_restorable(name:str, layer:nn.Module, force:bool) -> None:
     elif why := why_fixed(layer) or ("" if all(e.before is not None for e in ledger_of(layer).entries) else "kept no base"):
         raise RuntimeError(f"{name} {why}, so there is nothing to put back: load the model anew")
 
-def put_all_back(model:nn.Module, # or whatever wraps it
-                 force:bool=False, # drop what somebody else wrote into the weights, and folds whose block lasts
-                ) -> None:
-    """Undo all extractions, newest first: bit for bit where the base was kept, else the round trip `W_res + U S Vh`. Adapters go
-    on unextracted. `RuntimeError`, and no change: an adapter or history is in force, or somebody else wrote to a weight."""
+def put_all_back(model:nn.Module, force:bool=False) -> None: # force: drop folds whose block lasts, and what somebody else wrote
+    "Undo all entries, newest first. `RuntimeError`, and no change: a block or history is in force, or somebody else wrote."
     with _changing({}, model):
         layers = {name: m for name, m in model.named_modules() if ledger_of(m).entries}
         for name, layer in layers.items(): _check_restorable(name, layer, force)
