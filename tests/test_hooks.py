@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from modlab import ModulatedLoRA
 from modlab.adapters.hooks import Adder, Hooks, LowRankAdder
 from modlab.model import calls
-from modlab.model.calls import ADDERS, _adders_of, here_only, is_swapped, put, take
+from modlab.model.alone import here_only
+from modlab.model.calls import ADDERS, _adders_of, is_swapped, put, take
 from modlab.model.layers import is_linear
 from modlab.model.rows import _batch_shape, text_models
 

@@ -15,12 +15,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, warn_if_baked
+from .adapter import Adapter
 from .hooks import DoseLike, Hooks, LowRankAdder, as_dose, check_model
 from ..maths.lowrank import LowRank, stack
 from ..model.changes import fold_for_good, folded
 from ..model.layers import shared_weights, why_fixed
-from ..model.ledger import LOCK, check_all_unchanged, giving_back
+from ..model.ledger import LOCK, check_all_unchanged, giving_back, warn_if_baked
 
 # %% ../../nbs/3_adapters/06_history.ipynb #2c72bca1
 _logger = logging.getLogger("modlab")
@@ -102,7 +102,7 @@ def _count(adapters:Iterable[Adapter], n:int) -> None:
 @contextmanager
 def _in_force(total:Mapping[Adapter, float]) -> Iterator[None]:
     "Within the block these adapters are part of a history."
-    for a in total: warn_if_baked(a)
+    for a in total: warn_if_baked(a.layers, a.id, type(a).__name__)
     with ExitStack() as leave:
         for a in total: leave.enter_context(giving_back(a.layers, a.live() or "", snapshot=True))
         leave.callback(_count, total, -1)

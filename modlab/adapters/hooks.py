@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..maths.lowrank import LowRank
-from ..model.calls import ADDERS, NOTES, guard, here_only, put, take
+from ..model.alone import guard, here_only
+from ..model.calls import ADDERS, NOTES, put, take
 from ..model.copies import Cell, Dose, FastMap, GatedCell, Inputs, check_gradient, is_fresh
 from ..model.layers import inner_model
 from ..model.ledger import Whole

@@ -11,14 +11,15 @@ import warnings
 from torch import nn
 
 from .hooks import Hooks
-from ..model.calls import attached_to
+from ..model.calls import ADDERS, NOTES
 from ..model.changes import put_all_back
 
 # %% ../../nbs/3_adapters/08_restore.ipynb #9a1f0c17
 def _hooks_on(model:nn.Module) -> list[Hooks]: # in the order in which they came
     "Everything that is attached to the layers of a model."
-    found = {id(item.hooks): item.hooks for item in attached_to(model) if isinstance(getattr(item, "hooks", None), Hooks)}
-    return list(found.values())
+    items = [item for m in model.modules() for slot in (ADDERS, NOTES) for item in getattr(m, slot, ())]
+    hooks = [getattr(getattr(item, "inner", item), "hooks", None) for item in items]
+    return list({id(h): h for h in hooks if isinstance(h, Hooks)}.values())
 
 def _told(hooks:Hooks) -> str: # who attached it, and where
     owner = getattr(hooks.adder, "__self__", hooks)
@@ -34,5 +35,5 @@ def restore(model:nn.Module, # or whatever wraps it
     for hooks in _hooks_on(model) if force else (): hooks.leave.close()
     put_all_back(model, force)
     if left := _hooks_on(model):
-        warnings.warn(f"the weights are the base's, and {', '.join(map(_told, left))} is still attached; leave its block, or remove() "
-                      "it. Where that is lost, restore(model, force=True) detaches it", stacklevel=2)
+        warnings.warn(f"the weights are the base's, and {', '.join(map(_told, left))} is still attached; leave its block, or "
+                      "remove() it. Where that is lost, restore(model, force=True) detaches it", stacklevel=2)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..maths.lowrank import LowRank, fold
 from .layers import check_module, dense_weight, swap_weight, why_fixed
-from .ledger import LOCK, Entry, Ledger, base_print, check_all_unchanged, check_unchanged, extractions_of, few, ledger_of, note_change, open_ledger, stamp
+from .ledger import (LOCK, Entry, Ledger, base_print, check_all_unchanged, check_unchanged, extractions_of, few, ledger_of,
+                                 note_change, open_ledger, stamp)
 
 # %% ../../nbs/2_model/03_changes.ipynb #7eeea1c7
 def _enter(layer:nn.Module, entry:Entry, W:Float[Tensor, "o i"], keep:bool=True) -> None:
@@ -80,7 +81,7 @@ def _watch(model:nn.Module) -> None:
     "Let the changed layers refuse to be saved, and them and the modules above them to be loaded; and nothing else."
     modules = dict(model.named_modules())
     changed = [name for name, m in modules.items() if ledger_of(m).entries]
-    above = {name[:n] for name in changed for n, letter in enumerate(name + ".") if letter == "."} | {""} if changed else set()
+    above = {name[:n] for name in changed for n, letter in enumerate(name + ".") if letter == "." or n == 0}
     for name, m in modules.items():
         _switch(m._load_state_dict_pre_hooks, _refuse_loading, m.register_load_state_dict_pre_hook, name in above)
         _switch(m._state_dict_pre_hooks, _refuse_saving, m.register_state_dict_pre_hook, name in changed)
@@ -88,10 +89,9 @@ def _watch(model:nn.Module) -> None:
 @contextmanager
 def _changing(layers:Mapping[str, nn.Module], model:nn.Module|None=None) -> Iterator[None]:
     "No other thread changes a weight within the block; afterwards what is watched is what is in force."
-    with LOCK:
-        try: yield
-        finally:
-            for root in layers.values() if model is None else [model]: _watch(root)
+    with LOCK, ExitStack() as after:
+        for root in layers.values() if model is None else [model]: after.callback(_watch, root)
+        yield
 
 # %% ../../nbs/2_model/03_changes.ipynb #f63f6449
 def extract(layers:Mapping[str, nn.Module], # full name -> layer
@@ -197,17 +197,14 @@ def fold_for_good(layers:Mapping[str, nn.Module], maps:Callable[[str], LowRank],
 # %% ../../nbs/2_model/03_changes.ipynb #215428c8
 def _check_restorable(name:str, layer:nn.Module, force:bool) -> None:
     if not force and any(e.held or e.attached for e in ledger_of(layer).entries):
-        raise RuntimeError(f"an attached adapter or a history in force holds {name}; leave its block, or remove() it, first. Where "
-                           "that is lost, restore(model, force=True) ends it")
+        raise RuntimeError(f"an attached adapter or a history in force holds {name}; leave its block, or remove() it, first. "
+                           "Where that is lost, restore(model, force=True) ends it")
     if not force: check_unchanged(name, layer)
     elif why := why_fixed(layer) or ("" if all(e.before is not None for e in ledger_of(layer).entries) else "kept no base"):
         raise RuntimeError(f"{name} {why}, so there is nothing to put back: load the model anew")
 
-def put_all_back(model:nn.Module, # or whatever wraps it
-                 force:bool=False, # drop what somebody else wrote into the weights, and folds whose block lasts
-                ) -> None:
-    """Undo all extractions, newest first: bit for bit where the base was kept, else the round trip `W_res + U S Vh`. Adapters go
-    on unextracted. `RuntimeError`, and no change: an adapter or history is in force, or somebody else wrote to a weight."""
+def put_all_back(model:nn.Module, force:bool=False) -> None: # force: drop folds whose block lasts, and what somebody else wrote
+    "Undo all entries, newest first. `RuntimeError`, and no change: a block or history is in force, or somebody else wrote."
     check_module(model)
     with _changing({}, model):
         layers = {name: m for name, m in model.named_modules() if ledger_of(m).entries}

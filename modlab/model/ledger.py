@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'Entry', 'Ledger', 'ledger_of', 'open_ledger', 'base_print', 'note_change', 'extraction_ids', 'is_folded',
-           'fingerprint', 'few', 'stamp', 'check_unchanged', 'check_all_unchanged', 'extractions_of', 'giving_back',
-           'check_whole', 'Whole', 'base_weight', 'whole_weight', 'remaining']
+           'fingerprint', 'few', 'warn_if_baked', 'stamp', 'check_unchanged', 'check_all_unchanged', 'extractions_of',
+           'giving_back', 'check_whole', 'Whole', 'base_weight', 'whole_weight', 'remaining']
 
 # %% ../../nbs/2_model/02_ledger.ipynb #ace3198e
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,6 +97,12 @@ def few(names:Iterable[str]) -> str:
     "The first three names, and how many more there are."
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+def warn_if_baked(layers:Mapping[str, nn.Module], owner:str, kind:str) -> None:
+    "Warn that an adapter is in the weights for good already: it acts on top of that."
+    if not (names := [name for name, layer in layers.items() if owner in ledger_of(layer).for_good]): return
+    warnings.warn(f"this {kind} ({owner}) is folded into {few(names)} for good already (bake_) and acts on top of that; for its "
+                  "effect alone load the base anew", stacklevel=4)
 
 # %% ../../nbs/2_model/02_ledger.ipynb #7dba8605
 def _place(layer:nn.Module) -> tuple:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
 from ..measure.calibrate import Calibration, calibrate_c
-from ..model.calls import here_only
+from ..model.alone import here_only
 from .beside import write_beside
 from .latest import Latest, breaking_off
 from .page import beside, controls, failed, installed, laid_out, no_reading, page, png, reading, widgets_of

@@ -30,7 +30,7 @@ from ..maths.statistics import GradientStats, same_spectrum
 from ..maths.svd import thin_svd
 from ..measure.calibrate import Calibration
 from ..measure.dose import check_doses, kl_curve
-from ..model.calls import here_only
+from ..model.alone import here_only
 from ..model.layers import room_of
 from ..model.ledger import remaining
 from ..model.text import batches, encode_records, sides_of

@@ -246,7 +246,8 @@ class Lifecycle(RuleBasedStateMachine):
             kept = {name: p.detach().clone() for name, p in k.a.named_parameters()}
             self.train_on(i, n)
             now = {name: p.detach().clone() for name, p in k.a.named_parameters()}
-            rounds = {name: [r for r in ids if r != k.a.id] for name, ids in self.rounds(k).items()}
+            own = k.a.id if k.extracted else ""
+            rounds = {name: [r for r in ids if r != own] for name, ids in self.rounds(k).items()}
             refused = k.extracted and (k.attached or self.in_the_way(k)) or rounds != {n: k.rounds[n] for n in rounds}
             if k.base != self.generation or self.folded() & set(k.a.layers):
                 self.may_load(k, folder, now)
