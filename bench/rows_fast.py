@@ -8,7 +8,6 @@ import gc
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,22 +109,25 @@ def memory_row(what: str, peer: str, ours: Callable, theirs: Callable, device: t
 
 # ---- rows ----
 
+def folded(model, adapter) -> None:
+    with baked(model, [(adapter, 1.0)]): pass
+
+
+def merged(model) -> None:
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
+def fold_row(model, r: int, reach: float | None, rounds: int) -> dict:
+    ours, theirs = lora_of(model, r), peft_of(model, r)
+    operations = sum(2 * r * W.numel() for W in weights_of(model))
+    return row(f"fold and take out, r = {r}", "PEFT merge, unmerge", lambda: folded(model, ours), lambda: merged(theirs), rounds,
+               operations / flops_per_second(model.device), reach)
+
+
 def fold_rows(model, rounds: int) -> list[dict]:
-    device, made = model.device, []
-    for r, reach in ((256, 1.8), (32, 1.5)):
-        ours = ModulatedPiSSA(model, r=r, extract=False, **QUIET) if r > 32 else lora_of(model, r)
-        theirs = peft_of(model, r)
-
-        def fold() -> None:
-            with baked(model, [(ours, 1.0)]): pass
-
-        def merge() -> None:
-            theirs.merge_adapter()
-            theirs.unmerge_adapter()
-        operations = sum(2 * min(r, *W.shape) * W.numel() for W in weights_of(model))
-        made.append(row(f"fold and take out, r = {r}", "PEFT merge, unmerge", fold, merge, rounds,
-                        operations / flops_per_second(device), reach if r > 32 or device.type != "cpu" else None))
-    return made
+    gpu = model.device.type != "cpu"
+    return [fold_row(model, 256, None if gpu else 1.8, rounds), fold_row(model, 32, 1.5 if gpu else None, rounds)]
 
 
 @torch.no_grad()
@@ -147,7 +149,7 @@ def curve_rows(model, tok, rounds: int, count: int = 8) -> list[dict]:
     encoded = encode_records(tok, samples, "completion")
     batch, real = collate(encoded), sum(len(ids) for ids, _ in encoded)
     head, body = model.get_output_embeddings().weight.numel(), sum(W.numel() for W in weights_of(model))
-    share = len(DOSES) * (real * body + int(batch.is_target.sum()) * head) / (2 * len(DOSES) * batch.input_ids.numel() * (body + head))
+    share = (real * body + int(batch.is_target.sum()) * head) / (2 * batch.input_ids.numel() * (body + head))
     what, peer = f"kl_curve, 9 doses, {count} × {batch.input_ids.shape[1]} tokens", "two forwards per dose"
     ours = lambda: kl_curve(model, tok, lora, samples, DOSES, progress=False)
     theirs = lambda: two_forwards_per_dose(model, lora, batch)
@@ -182,7 +184,7 @@ def heal_rows(model, tok, rounds: int) -> list[dict]:
 
 
 def eigen_seconds(model, r: int = 256) -> float:
-    "Gram matrices, nine operations per entry cubed for an eigenproblem, the other factor: in float64, at a matrix product's rate."
+    "A Gram matrix, 9 k³ for its eigenproblem, and the other factor, in float64 at the rate of a matrix product."
     shapes = [sorted(W.shape) for W in weights_of(model)]
     return sum(m * k * k + 9 * k**3 + 2 * m * k * min(r, k) for k, m in shapes) / flops_per_second(model.device, torch.float64)
 
@@ -198,53 +200,50 @@ def build_rows(model, rounds: int) -> list[dict]:
                     3.0 if gpu else 2.0)]
 
 
+def emptied(folder: str) -> None:
+    cache._MEMORY.clear()
+    for path in Path(folder).rglob("*.safetensors"): path.unlink()
+
+
 def again_rows(model, rounds: int) -> list[dict]:
-    "A second score, a second round, and the same in a new process."
-    limit = sum(W.nbytes for W in weights_of(model)) / bytes_per_second(model.device)
-    top = lambda: ModulatedPiSSA(model, r=64, extract=False, **QUIET)
+    "A second score and a second round in the same process, and the same adapter in a new one."
+    weights = {str(n): W for n, W in enumerate(weights_of(model))}
+    made, limit = [], sum(W.nbytes for W in weights.values()) / bytes_per_second(model.device)
+    top = lambda after=(): ModulatedPiSSA(model, r=64, extract=False, after=after, **QUIET)
     bottom = lambda: ModulatedPiSSA(model, r=64, extract=False, selection_score=lambda S, stats: -S)
     with tempfile.TemporaryDirectory() as folder, caching(folder, 8):
-        def anew(f: Callable) -> Callable:
-            def run() -> None:
-                cache._MEMORY.clear()
-                for path in Path(folder).rglob("*.safetensors"): path.unlink()
-                f()
-            return run
+        def first() -> None:
+            emptied(folder)
+            top()
 
-        def from_disk() -> None:
+        def read() -> None:
             cache._MEMORY.clear()
             ModulatedPiSSA(copy.deepcopy(model), r=256, **QUIET)
-        first, kept = anew(top), top()
-        made = []
-        for what, f in (("second score", bottom), ("second round", lambda: ModulatedPiSSA(model, r=64, extract=False, after=[kept], **QUIET))):
+        kept = top()
+        for what, second in (("second score", bottom), ("second round", lambda: top([kept]))):
             first()
-            made.append(measured_again(what, f, first, rounds, limit))
-        first()
-        made.append(row("PiSSA init from the cache on disk", "PEFT pissa", from_disk, lambda: peft_of(model, 256, "pissa"), rounds,
-                        cache._result_bytes({str(n): W for n, W in enumerate(weights_of(model))}) / bytes_per_second(), 10.0))
+            made.append(row(f"{what} on the same base", "the first", second, first, rounds, limit, 5.0))
+        made.append(row("PiSSA init from the cache on disk", "PEFT pissa", read, lambda: peft_of(model, 256, "pissa"), rounds,
+                        cache._result_bytes(weights) / bytes_per_second(), 10.0))
     return made
 
 
-def measured_again(what: str, f: Callable, first: Callable, rounds: int, limit: float) -> dict:
-    "The first one fills the memory in which the second one finds everything."
-    return row(f"{what} on the same base", "the first", f, first, rounds, limit, 5.0)
-
-
+@torch.no_grad()
 def stored_and_decomposed(model, tok, records: list[dict], tokens: int) -> None:
     "Every layer's inputs kept, then a full SVD of each weight and its scores."
-    layers, kept, mask = find_targets(model, LoRAConfig()), {}, [None]
-    hooks = [layer.register_forward_pre_hook(lambda m, args, n=name: kept.setdefault(n, []).append(args[0][mask[0]].float().cpu()))
-             for name, layer in layers.items()]
-    count = 0
-    with torch.no_grad():
-        for batch in batches(tok, records, "completion", 8):
-            mask[0] = batch.is_target.to(model.device)
-            model(**batch.inputs(model.device))
-            count += int(batch.is_target.sum())
-            if count >= tokens: break
+    layers, kept, mask, count = find_targets(model, LoRAConfig()), {}, [None], 0
+
+    def keep(name: str) -> Callable:
+        return lambda layer, args: kept.setdefault(name, []).append(args[0][mask[0]].float().cpu())
+    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+    for batch in batches(tok, records, "completion", 8):
+        mask[0] = batch.is_target.to(model.device)
+        model(**batch.inputs(model.device))
+        count += int(batch.is_target.sum())
+        if count >= tokens: break
     for hook in hooks: hook.remove()
     for name, layer in layers.items():
-        U, S, Vh = torch.linalg.svd(layer.weight.detach().float(), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(layer.weight.float(), full_matrices=False)
         selection_scores(S, "wanda", project(torch.cat(kept.pop(name)), Vh)).topk(min(256, len(S)))
 
 

@@ -55,7 +55,7 @@ def look(W:Float[Tensor, "o i"]) -> list[float]: # two sums over all values, the
     "What a matrix looks like, in at most 258 numbers."
     return _seen(W).tolist()
 
-def _at_once(vectors:Sequence[Float[Tensor, "_"]]) -> list[list[float]]:
+def _at_once(vectors:Sequence[Tensor]) -> list[list[float]]:
     "The numbers of many short vectors. A device is waited for once, not once per vector."
     numbers = {}
     for device in {v.device for v in vectors}:
@@ -65,11 +65,11 @@ def _at_once(vectors:Sequence[Float[Tensor, "_"]]) -> list[list[float]]:
         numbers |= {n: values[end - len(vectors[n]):end] for n, end in zip(there, ends)}
     return [numbers[n] for n in range(len(vectors))]
 
-def looks(weights:Sequence[Float[Tensor, "_ _"]]) -> list[list[float]]:
+def looks(weights:Sequence[Tensor]) -> list[list[float]]:
     "The `look` of each matrix."
     return _at_once([_seen(W) for W in weights])
 
-def samples(weights:Sequence[Float[Tensor, "_ _"]]) -> list[list[float]]:
+def samples(weights:Sequence[Tensor]) -> list[list[float]]:
     "The sample of each matrix, as in its look."
     return _at_once([_sampled(W).float() if W.dtype.itemsize < 8 else _sampled(W) for W in weights])
 
