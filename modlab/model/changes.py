@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..maths.lowrank import LowRank, fold
 from .layers import dense_weight, swap_weight, why_fixed
-from .ledger import LOCK, Entry, Ledger, base_print, check_all_unchanged, check_unchanged, extractions_of, ledger_of, note_change, open_ledger, stamp
+from .ledger import (LOCK, Entry, Ledger, base_print, check_all_unchanged, check_unchanged, extractions_of, ledger_of,
+                                 note_change, open_ledger, stamp)
 
 # %% ../../nbs/2_model/03_changes.ipynb #7eeea1c7
 def _enter(layer:nn.Module, entry:Entry, W:Float[Tensor, "o i"], keep:bool=True) -> None:
