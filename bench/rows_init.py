@@ -34,7 +34,7 @@ def caching(folder: str, gigabytes: float) -> Iterator[None]:
 
 
 def eigen_seconds(model, r: int = 256) -> float:
-    "Gram matrices, nine operations per entry cubed for an eigenproblem, the other factor: float64, at a matrix product's rate."
+    "A Gram matrix, 9 k³ for its eigenproblem, and the other factor, in float64 at the rate of a matrix product."
     shapes = [sorted(W.shape) for W in weights_of(model)]
     return sum(m * k * k + 9 * k**3 + 2 * m * k * min(r, k) for k, m in shapes) / flops_per_second(model.device, torch.float64)
 
@@ -50,55 +50,50 @@ def build_rows(model, rounds: int) -> list[dict]:
                     3.0 if gpu else 2.0)]
 
 
+def emptied(folder: str) -> None:
+    cache._MEMORY.clear()
+    for path in Path(folder).rglob("*.safetensors"): path.unlink()
+
+
 def again_rows(model, rounds: int) -> list[dict]:
-    "A second score, a second round, and the same in a new process."
-    limit = sum(W.nbytes for W in weights_of(model)) / bytes_per_second(model.device)
-    top = lambda: ModulatedPiSSA(model, r=64, extract=False, **QUIET)
+    "A second score and a second round in the same process, and the same adapter in a new one."
+    weights = {str(n): W for n, W in enumerate(weights_of(model))}
+    made, limit = [], sum(W.nbytes for W in weights.values()) / bytes_per_second(model.device)
+    top = lambda after=(): ModulatedPiSSA(model, r=64, extract=False, after=after, **QUIET)
     bottom = lambda: ModulatedPiSSA(model, r=64, extract=False, selection_score=lambda S, stats: -S)
     with tempfile.TemporaryDirectory() as folder, caching(folder, 8):
-        def anew(f: Callable) -> Callable:
-            def run() -> None:
-                cache._MEMORY.clear()
-                for path in Path(folder).rglob("*.safetensors"): path.unlink()
-                f()
-            return run
+        def first() -> None:
+            emptied(folder)
+            top()
 
-        def from_disk() -> None:
+        def read() -> None:
             cache._MEMORY.clear()
             ModulatedPiSSA(copy.deepcopy(model), r=256, **QUIET)
-        first, kept = anew(top), top()
-        made = []
-        later = lambda: ModulatedPiSSA(model, r=64, extract=False, after=[kept], **QUIET)
-        for what, f in (("second score", bottom), ("second round", later)):
+        kept = top()
+        for what, second in (("second score", bottom), ("second round", lambda: top([kept]))):
             first()
-            made.append(measured_again(what, f, first, rounds, limit))
-        first()
-        limit = cache._result_bytes({str(n): W for n, W in enumerate(weights_of(model))}) / bytes_per_second()
-        peer = lambda: peft_of(model, 256, "pissa")
-        made.append(row("PiSSA init from the cache on disk", "PEFT pissa", from_disk, peer, rounds, limit, 10.0))
+            made.append(row(f"{what} on the same base", "the first", second, first, rounds, limit, 5.0))
+        made.append(row("PiSSA init from the cache on disk", "PEFT pissa", read, lambda: peft_of(model, 256, "pissa"), rounds,
+                        cache._result_bytes(weights) / bytes_per_second(), 10.0))
     return made
 
 
-def measured_again(what: str, f: Callable, first: Callable, rounds: int, limit: float) -> dict:
-    "The first one fills the memory in which the second one finds everything."
-    return row(f"{what} on the same base", "the first", f, first, rounds, limit, 5.0)
-
-
+@torch.no_grad()
 def stored_and_decomposed(model, tok, records: list[dict], tokens: int) -> None:
     "Every layer's inputs kept, then a full SVD of each weight and its scores."
-    layers, kept, mask = find_targets(model, LoRAConfig()), {}, [None]
-    def keep(name): return lambda layer, args: kept.setdefault(name, []).append(args[0][mask[0]].float().cpu())
+    layers, kept, mask, count = find_targets(model, LoRAConfig()), {}, [None], 0
+
+    def keep(name: str) -> Callable:
+        return lambda layer, args: kept.setdefault(name, []).append(args[0][mask[0]].float().cpu())
     hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-    count = 0
-    with torch.no_grad():
-        for batch in batches(tok, records, "completion", 8):
-            mask[0] = batch.is_target.to(model.device)
-            model(**batch.inputs(model.device))
-            count += int(batch.is_target.sum())
-            if count >= tokens: break
+    for batch in batches(tok, records, "completion", 8):
+        mask[0] = batch.is_target.to(model.device)
+        model(**batch.inputs(model.device))
+        count += int(batch.is_target.sum())
+        if count >= tokens: break
     for hook in hooks: hook.remove()
     for name, layer in layers.items():
-        U, S, Vh = torch.linalg.svd(layer.weight.detach().float(), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(layer.weight.float(), full_matrices=False)
         selection_scores(S, "wanda", project(torch.cat(kept.pop(name)), Vh)).topk(min(256, len(S)))
 
 

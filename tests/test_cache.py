@@ -13,6 +13,7 @@ import pytest
 import torch
 from rights import unprivileged
 
+from modlab import ModulatedPiSSA, tiny_model
 from modlab.model import cache
 from modlab.model.cache import thin_svds
 
@@ -264,3 +265,69 @@ def test_several_processes_and_threads_share_it(on, monkeypatch):
     printed = {c.communicate(timeout=120)[0] for c in children}
     assert all(equal(found[0], f) for f in found) and all(c.returncode == 0 for c in children)
     assert printed == {f"{sum(S.sum().item() for U, S, Vh in found[0].values())}\n"} and not list(on.rglob("writing-*"))
+
+
+# ---- the memory ----
+
+def remembering(monkeypatch): monkeypatch.setattr(cache, "_forget", lambda limit: None)
+
+
+def test_a_second_call_computes_and_reads_nothing(on, monkeypatch):
+    remembering(monkeypatch)
+    weights = {"a": torch.randn(9, 5), "b": torch.randn(4, 7)}
+    first = dict(thin_svds(weights))
+    first["a"][1].zero_()  # a caller may write into the values that it keeps
+    for path in files(on): path.unlink()
+    calls = computing(monkeypatch, [])
+    again = dict(thin_svds(weights))
+    assert not calls and not files(on) and again["a"][1].min() > 0 and torch.equal(again["b"][0], first["b"][0])
+    weights["a"].data[0, 0] += 1e-6  # one entry of one weight, behind autograd's back
+    dict(thin_svds(weights))
+    assert len(calls) == 1
+
+
+def test_the_memory_keeps_to_the_limit(on, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("MODLAB_CACHE", str(on))
+    size = 4 * (64 + 8 + 64)
+    monkeypatch.setenv("MODLAB_SVD_CACHE", str(2.5 * size / 1e9))
+    cache._MEMORY.clear()
+    for n in range(4): dict(thin_svds({"a": torch.eye(8) * (n + 1)}))
+    assert len(cache._MEMORY) == 2
+    calls = computing(monkeypatch, [])
+    dict(thin_svds({"a": torch.eye(8) * 4}))
+    assert not calls
+    cache._MEMORY.clear()
+
+
+@pytest.mark.parametrize("dtype, extract, computed", [(torch.float32, False, 0), (torch.float32, True, 0),
+                                                     (torch.bfloat16, False, 0), (torch.bfloat16, True, 28)])
+def test_a_second_round_follows_from_the_first(on, monkeypatch, dtype, extract, computed):
+    "The plain twin is the decomposition of what is left. What was rounded in 16 bits is decomposed anew."
+    remembering(monkeypatch)
+
+    def rounds(calls):
+        model, _ = tiny_model()
+        model.to(dtype)
+        make = lambda **kw: ModulatedPiSSA(model, r=8, selection_score="s_only", extract=extract, **kw)
+        one = make()
+        calls.clear()
+        return make(**({} if extract else dict(after=[one])))
+    calls = computing(monkeypatch, [])
+    kept = rounds(calls)
+    assert len(calls) == computed
+    monkeypatch.setenv("MODLAB_SVD_CACHE", "0")
+    plain = rounds([])
+    for name in kept.layers:
+        assert (kept.S[name] - plain.S[name]).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-9) * plain.S[name].max()
+        a, b = ((p.U[name] * p.S[name]) @ p.Vh[name] for p in (kept, plain))
+        assert (a - b).norm() <= (1e-4 if dtype == torch.float32 else 2**-7) * b.norm()
+
+
+def test_only_what_is_asked_for_is_computed_where_nothing_is_kept(on, monkeypatch):
+    weights = {"a": torch.randn(40, 30), "b": torch.randn(20, 25)}
+    whole = dict(thin_svds(weights, first=5))
+    assert whole["a"][0].shape == (40, 30) and len(files(on)) == 2, "what is kept is kept whole"
+    monkeypatch.setenv("MODLAB_SVD_CACHE", "0")
+    first = dict(thin_svds(weights, first=5))
+    assert first["a"][0].shape == (40, 5) and first["b"][1].shape == (20,) and torch.equal(first["a"][2], whole["a"][2][:5])

@@ -266,7 +266,7 @@ BAD = {"missing layer": r"1 of 28 layers.*down_proj", "missing side": r"\['cho'\
 @pytest.mark.parametrize("how", BAD)
 def test_bad_statistics(how, mode, before_any_round, monkeypatch):
     model = build().requires_grad_(False)
-    monkeypatch.setattr(cache, "thin_svds", never)
+    monkeypatch.setattr(cache, "in_order", never)
     streams, before = spoilt(before_any_round, how), state(model)
     with pytest.raises(ValueError, match=rf"model\.layers\.2\.mlp\.down_proj.*{BAD[how]}|{BAD[how]}") as e:
         ModulatedPiSSA(model, r=4, selection_score=mode, calibration_activations=streams)
@@ -286,7 +286,7 @@ def test_no_layers_at_all():
     (PAIRS, dict(cfg=LoRAConfig(targets="nothing")), "nothing"),
 ])
 def test_bad_calls_are_refused_before_anything_is_decomposed(records, kw, says, monkeypatch):
-    monkeypatch.setattr(cache, "thin_svds", never)
+    monkeypatch.setattr(cache, "in_order", never)
     with pytest.raises(ValueError, match=says): capture_statistics(build(), TOK, records, **kw)
 
 

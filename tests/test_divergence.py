@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modlab import aggregate, kl_fwd, kl_rev, token_nll
-from modlab.maths.divergence import AGGREGATES, barrier
+from modlab.maths.divergence import AGGREGATES, barrier, divergences, log_probs
 
 
 def probabilities(logits):
@@ -56,3 +56,14 @@ def test_nll_is_minus_the_log_probability():
     ids = torch.arange(6)
     expected = -np.log(probabilities(logits.double().numpy())[range(6), range(6)])
     np.testing.assert_allclose(token_nll(logits, ids).double().numpy(), expected, rtol=1e-5)
+
+
+@given(st.integers(0, 10**6), st.floats(0.01, 20.0), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+@settings(max_examples=40, deadline=None)
+def test_all_three_at_once_are_the_three_apart(seed, scale, dtype):
+    g = torch.Generator().manual_seed(seed)
+    a, b = ((torch.randn(7, 40, generator=g) * scale).to(dtype) for _ in range(2))
+    ids = torch.randint(40, (7,), generator=g)
+    got = divergences(log_probs(a), log_probs(b), ids)
+    torch.testing.assert_close(got, torch.stack([kl_rev(a, b), kl_fwd(a, b), token_nll(a, ids)]), rtol=1e-5, atol=1e-6)
+    assert (divergences(log_probs(a), log_probs(a), ids)[:2] == 0).all()

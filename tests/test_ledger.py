@@ -13,7 +13,7 @@ from models import DTYPES, adapter_of, build, changes, gap, logits, state, token
 from torch import nn
 
 from modlab import HistoryBake, ModulatedPiSSA, PiSSAHistoryBake, bake_, baked, restore
-from modlab.maths.fingerprint import look, print_of, same_look, same_weight
+from modlab.maths.fingerprint import looks, print_of, same_look, same_weight
 from modlab.model import changes as ways
 from modlab.model.layers import dense_weight
 from modlab.model.ledger import base_weight, check_unchanged, check_whole, extraction_ids, fingerprint, is_folded
@@ -510,7 +510,7 @@ def test_no_sample_matches_every_weight(bad):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_look_sees_a_single_value(dtype):
     W = build(dtype=dtype).model.layers[0].mlp.up_proj.weight.detach()
-    seen = look(W)
+    seen = looks([W])[0]
     for at in ((0, 1), (5, 7), (-1, -2)):
         written = W.clone()
         written[at] += 0.25

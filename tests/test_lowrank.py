@@ -122,3 +122,27 @@ def test_its_repr_prints_no_tensor():
     a = LowRank(torch.ones(2, I), torch.ones(2), torch.ones(O, 2))
     assert repr(a) == "LowRank(rank 2, 5 -> 4)" and "3 rows" in repr(torch.ones(3) * a)
     assert a == a and a != LowRank(a.down, a.gain, a.up), "compared as objects: no tensor is asked for its truth"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("o, i", [(30, 50), (50, 30)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_folding_rounds_once(dtype, o, i, transposed):
+    "The plain twin: a float32 copy of the weight, and the product added to it."
+    g = torch.Generator().manual_seed(0)
+    m = LowRank(torch.randn(8, i, generator=g), torch.rand(8, generator=g), torch.randn(o, 8, generator=g))
+    W = torch.randn(i, o, generator=g).to(dtype).T if transposed else torch.randn(o, i, generator=g).to(dtype)
+    before, wide = W.clone(), torch.promote_types(dtype, torch.float32)
+    got = fold(W, m)
+    plain = W.to(wide) + (m.up.to(wide) * m.gain.to(wide)) @ m.down.to(wide)
+    assert got.dtype == dtype and got.shape == (o, i) and torch.equal(W, before)
+    close(got, plain.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    if dtype.itemsize == 2: assert (got == plain.to(dtype)).float().mean() > 0.99
+    exact = W.double() + (m.up.double() * m.gain.double()) @ m.down.double()
+    assert ((got.double() - exact).abs() <= (torch.finfo(dtype).eps / 2 + 1e-6) * exact.abs() + 1e-6).all(), "rounded once"
+
+
+def test_a_fold_has_a_gradient():
+    up = torch.ones(3, 2, requires_grad=True)
+    fold(torch.zeros(3, 4, dtype=torch.bfloat16), LowRank(torch.ones(2, 4), torch.ones(2), up)).sum().backward()
+    assert torch.equal(up.grad, torch.full((3, 2), 4.0))

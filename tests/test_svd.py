@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from modlab.maths.svd import thin_svd
+from modlab.maths.svd import deflated, first_svd, thin_svd
 
 F64 = torch.float64
 
@@ -88,3 +88,46 @@ def test_leading_subspace_and_emptied_directions():
 @pytest.mark.parametrize("W", [torch.ones(3), torch.ones(0, 3), torch.ones(2, 2, dtype=torch.int8), torch.ones(2, 2, 2)])
 def test_no_float_matrix(W):
     with pytest.raises(ValueError, match=r"up: an SVD needs a float matrix"): thin_svd(W, "up")
+
+
+@pytest.mark.parametrize("cond", [3, 90, 1e4, 1e9])
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40), (48, 48), (9, 1)])
+@pytest.mark.parametrize("r", [1, 8, 39, 100])
+def test_the_first_directions_are_those_of_the_whole(cond, shape, r):
+    "The plain twin is `thin_svd`: the same set, the same projector within 1e-5, values within 1e-6 of the largest."
+    W = with_condition(cond, *shape, seed=3).float()
+    (U, S, Vh), (U1, S1, Vh1) = thin_svd(W), first_svd(W, r)
+    r = min(r, *shape)
+    assert U1.shape == (shape[0], r) and Vh1.shape == (r, shape[1]) and S1.shape == S.shape
+    assert U1.dtype == S1.dtype == Vh1.dtype == torch.float32
+    assert (S1 - S).abs().max() <= 1e-6 * S[0] and (S1 >= 0).all()
+    clear = r == len(S) or S[r - 1] - S[r] > 1e-5 * S[0]  # or the border between first and rest is rounding
+    if clear and S[r - 1] > 1e-6 * S[0]:
+        assert (Vh1.T @ Vh1 - Vh[:r].T @ Vh[:r]).norm() < 1e-4 and (U1 @ U1.T - U[:, :r] @ U[:, :r].T).norm() < 1e-4
+    assert (U1 * S1[:r] @ Vh1 - U[:, :r] * S[:r] @ Vh[:r]).norm() <= 1e-5 * S.norm()
+    assert (U1.T @ U1 - torch.eye(r)).abs().max() < 1e-4 and (Vh1.amax(1) >= -Vh1.amin(1)).all()
+
+
+def test_no_first_direction():
+    with pytest.raises(ValueError, match="up: 0 directions"): first_svd(torch.ones(3, 3), 0, "up")
+    with pytest.raises(ValueError, match="up: an SVD needs"): first_svd(torch.ones(3), 1, "up")
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40)])
+@pytest.mark.parametrize("taken", [[0], [39, 3, 4], list(range(40))])
+def test_what_is_left_is_decomposed_already(shape, taken):
+    "The plain twin is the SVD of the difference."
+    svd = U, S, Vh = thin_svd(with_condition(50, *shape).float())
+    left = deflated(svd, Vh[taken])
+    W = (U.double() * S.double() @ Vh.double()) - U[:, taken].double() * S[taken].double() @ Vh[taken].double()
+    plain, n = thin_svd(W), 40 - len(taken)
+    assert (left[1] - plain[1]).abs().max() <= 1e-6 * S[0] and (left[1][n:] == 0).all()
+    assert (left[2][:n].T @ left[2][:n] - plain[2][:n].T @ plain[2][:n]).norm() < 1e-4
+    assert (left[0] * left[1] @ left[2] - W.float()).norm() <= 1e-5 * S[0]
+    assert left[2].flip(0)[:len(taken)].sort(0).values.equal(Vh[taken].sort(0).values)
+
+
+def test_directions_of_another_matrix_are_none_of_it():
+    svd = thin_svd(noise(30, 20).float())
+    assert deflated(svd, thin_svd(noise(30, 20, seed=1).float())[2][:2]) is None
+    assert deflated(svd, svd[2][[4, 4]]) is None, "one direction cannot be taken twice"

@@ -1,4 +1,5 @@
 """Curves and calibrations on tiny models, against full logits and against what was asked for."""
+import functools
 import json
 import math
 import re
@@ -28,6 +29,7 @@ from modlab import (
     token_nll,
 )
 from modlab.maths.divergence import AGGREGATES
+from modlab.measure import dose
 from modlab.measure.crossing import crossing
 from modlab.model.text import encode_records
 
@@ -67,6 +69,53 @@ def test_the_curve_is_what_full_logits_give(kind, batch_size, monkeypatch):
     zero = curve.iloc[1]
     assert zero.kl_rev_max == zero.kl_fwd_max == 0 and zero.kl_rev_rmse == pytest.approx(1e-4)
     assert (curve.iloc[[0, 2]].kl_rev_mean > 1e-3).all(), "the doses do something"
+
+
+def routed(model):
+    "MLPs that see their tokens in one list that lacks some, as experts do."
+    def forward(plain, x):
+        y = torch.zeros_like(x)
+        y[:, 1:] = plain(x[:, 1:].flatten(0, 1)).view_as(x[:, 1:])
+        return y
+    for block in model.model.layers: block.mlp.forward = functools.partial(forward, block.mlp.forward)
+    return model
+
+
+@pytest.mark.parametrize("kind, name", [*(("lora", name) for name in ("tiny", "opt", "gemma3", "routed")),
+                                        ("pissa-unextracted", "gpt2"), ("pissa-extracted", "tiny")])
+def test_doses_as_rows_are_doses_one_by_one(kind, name, monkeypatch):
+    "The plain twin is one forward per dose. Routed experts have no rows: there the doses are run one by one by themselves."
+    model, tok = tiny_model()
+    if name == "routed": model = routed(model)
+    elif name != "tiny": (model := build(name)).resize_token_embeddings(len(tok))
+    a, curves, calls = adapter_of(kind, model), [], []
+    plain = dose.Readout.states
+    counted = lambda readout, batch: calls.append(len(batch.input_ids)) or plain(readout, batch)
+    monkeypatch.setattr(dose.Readout, "states", counted)
+    for tokens in (1, 10**6):
+        monkeypatch.setattr(dose, "_BUSY", dict(cpu=tokens))
+        calls.append(0)
+        curves.append(kl_curve(model, tok, a, PAIRS, [-1.0, 0.0, 0.5, 0.5, 1.0], batch_size=4, progress=False))
+    alone, together = calls[1:calls.index(0, 1)], calls[calls.index(0, 1) + 1:]
+    if name == "routed": assert len(together) == len(alone) + 1, "one forward finds out"
+    else: assert len(together) == 1 + 2 * 3 and max(together) == 4 * 4, "probe; reference, chosen, rejected of two batches"
+    pd.testing.assert_frame_equal(*curves, rtol=1e-3, atol=2e-5, check_exact=False)
+    assert curves[1].kl_rev_max[1] == curves[1].kl_fwd_max[1] == 0 and curves[1].iloc[2].equals(curves[1].iloc[3])
+
+
+def test_words_that_cannot_come_are_computed_with_care():
+    "A student or a reference that gives a word the probability 0: the divergence is finite or infinite, and never NaN."
+    g = torch.Generator().manual_seed(0)
+    base, student = torch.randn(300, 9, generator=g), torch.randn(300, 9, generator=g)
+    base[5, 2] = base[290, 2] = student[5, 2] = student[7, 1] = -torch.inf
+    model, tok = tiny_model()
+    batch, ids = collate(encode_records(tok, PAIRS, "cho")), torch.zeros(300, dtype=torch.long)
+    readout = dose.Readout(model, batch)
+    readout.direct = True # its states are logits
+    got = dose.compare(readout, dose._Reading(batch, ids, ids, base), [student, base])
+    expected = torch.stack([kl_rev(student, base), kl_fwd(student, base), token_nll(student, ids)])
+    torch.testing.assert_close(got[0], expected, rtol=1e-5, atol=1e-6)
+    assert (got[1, :2] == 0).all() and got[0, 0, 290] == got[0, 1, 7] == torch.inf and not got.isnan().any()
 
 
 SMALL = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,

@@ -96,7 +96,9 @@ def fold(W:Float[Tensor, "o i"], # a weight of any float dtype; not modified
     "`W + up · diag(gain) · down`, accumulated in float32 at least and rounded once. `ValueError` if the gain has rows."
     _check_no_rows(m, "folded: a weight has no rows")
     wide = torch.promote_types(W.dtype, torch.float32)
-    up, down = m.up.to(wide) * m.gain.to(wide), m.down.to(wide)
+    up, gain, down = m.up.to(wide), m.gain.to(wide), m.down.to(wide)
+    if len(up) <= down.shape[1]: up = up * gain # the smaller factor takes the gain
+    else: down = gain[:, None] * down
     if W.dtype == wide: return torch.addmm(W, up, down)
     delta = up @ down
     if delta.requires_grad or W.requires_grad: return (W + delta).to(W.dtype)

@@ -54,8 +54,8 @@ def _careful(p:Float[Tensor, "n v"], q:Float[Tensor, "n v"], ids:Int[Tensor, "n"
     "As `divergences`, where words may have probability 0."
     return torch.stack([kl_between(p, q), kl_between(q, p), -p.gather(-1, ids[:, None])[:, 0]])
 
-def _chunk(readout:Readout, reference:Float[Tensor, "m d"], ids:Int[Tensor, "m"], states:Sequence[Float[Tensor, "m d"]]
-          ) -> Float[Tensor, "c 3 m"]: # on the CPU
+def _chunk(readout:Readout, reference:Float[Tensor, "n d"], ids:Int[Tensor, "n"], states:Sequence[Float[Tensor, "n d"]]
+          ) -> Float[Tensor, "c 3 n"]: # on the CPU
     q = log_probs(readout.logits(reference))
     found = torch.stack([divergences(log_probs(readout.logits(h)), q, ids) for h in states]).cpu()
     for n in found.isnan().flatten(1).any(1).nonzero().flatten().tolist():

@@ -27,7 +27,7 @@ from ..maths.lowrank import LowRank
 from ..maths.svd import SVD, FirstSVD, check_weight, deflated, first_svd, thin_svd
 from .ledger import extraction_ids, ledger_of, remaining, whole_weight
 from .loading import cache_dir, sweep
-from .pool import in_order
+from ..maths.pool import in_order
 
 # %% ../../nbs/2_model/07_cache.ipynb #72610e5b
 _ALGORITHM = 1 # of `thin_svd`: to be raised whenever its results change

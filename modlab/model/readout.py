@@ -30,7 +30,7 @@ def answer_rows(batch:Batch) -> Int[Tensor, "n"]:
 
 # %% ../../nbs/2_model/06_readout.ipynb #13fc3c23
 def _before_answers(batch:Batch, h:Float[Tensor, "b s d"]) -> Float[Tensor, "n d"]:
-    "What stands at the positions that predict answer tokens. The indices are made on the CPU: an accelerator need not be waited for."
+    "What stands at the positions that predict answer tokens; indices from the CPU: no accelerator is waited for."
     rows, positions = batch.is_target[:, 1:].nonzero(as_tuple=True)
     return h[rows.to(h.device), positions.to(h.device)]
 
