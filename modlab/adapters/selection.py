@@ -105,6 +105,12 @@ def _check_part(name:str, layer:nn.Module, x:object, how:str) -> None:
         came = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise ValueError(f"{name}: calibration_activations are {came}, expected (n, {i}); {how}")
 
+def _parts_for(mode:Score, x:object) -> dict:
+    "What a score looks at, of what there is for a layer; empty if something is missing. A function gets everything."
+    if not callable(mode): return parts_for(mode, x)
+    whole = not isinstance(x, Mapping) or set(x) - {"gradients"} in (set(), {"cho", "rej"})
+    return dict(enumerate(_parts_in(x))) if whole else {}
+
 def _check_needs(layers:Mapping[str, nn.Module], mode:Score, X:Mapping|None, what:str) -> None:
     "`ValueError` unless there is for each layer what a score looks at, for the sake of `what`."
     how = _remedy(mode in GRADIENT_SCORES, X)
@@ -113,7 +119,7 @@ def _check_needs(layers:Mapping[str, nn.Module], mode:Score, X:Mapping|None, wha
         raise ValueError(f"no calibration_activations for {len(missing)} of {len(layers)} layers ({few(missing)}); {how} "
                          "with this adapter's targets")
     for name, layer in layers.items():
-        parts = dict(enumerate(_parts_in(X[name]))) if callable(mode) else parts_for(mode, X[name])
+        parts = _parts_for(mode, X[name])
         gradients = any(isinstance(part, GradientStats) for part in parts.values())
         if not parts or (not callable(mode) and gradients != (mode in GRADIENT_SCORES)):
             raise ValueError(f"{name}: {what} needs {_needs(mode, X[name])}, got {_came(X[name])}; {how} with pairs "
