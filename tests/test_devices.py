@@ -32,7 +32,7 @@ from modlab import (
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 PACKAGE = Path(modlab.__file__).parent
-MAKES = {"tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm"}
+MAKES = {"tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm"}
 PAIRS = [dict(prompt=f"question {n}", cho=f"the chosen answer number {n}", rej="none") for n in range(10)]
 SAMPLES = [dict(prompt=p["prompt"], completion=p["cho"]) for p in PAIRS] * 2
 
@@ -71,7 +71,8 @@ def case():
 WORK = dict(
     lora=lambda m, tok, a, path: ModulatedLoRA(m, r=4, generator=seeded(0)),
     pissa=lambda m, tok, a, path: ModulatedPiSSA(m, r=4, selection_score="s_only", generator=seeded(0)).restore_base_W(),
-    scored=lambda m, tok, a, path: ModulatedPiSSA(m, r=4, calibration_activations=capture_statistics(m, tok, PAIRS), extract=False),
+    scored=lambda m, tok, a, path: ModulatedPiSSA(m, r=4, extract=False,
+                                                  calibration_activations=capture_statistics(m, tok, PAIRS)),
     activations=lambda m, tok, a, path: capture_activations(m, tok, PAIRS),
     curve=lambda m, tok, a, path: kl_curve(m, tok, a, PAIRS, [-1, 0, 1]),
     calibration=lambda m, tok, a, path: calibrate_c(m, tok, a, PAIRS, 0.05),
@@ -140,6 +141,7 @@ def test_other_keywords_are_passed_on(asked):
     assert seen == dict(dtype=torch.bfloat16, device_map="auto", attn_implementation="eager", revision="main")
 
 
-@pytest.mark.parametrize("kw, said", [(dict(device="cpu", device_map="auto"), "give one"), (dict(device="nowhere"), "device='cpu' can")])
+@pytest.mark.parametrize("kw, said", [(dict(device="cpu", device_map="auto"), "give one"),
+                                      (dict(device="nowhere"), "device='cpu' can")])
 def test_a_device_that_cannot_be_is_told(kw, said):
     with pytest.raises(ValueError, match=said): load_model(**kw)

@@ -128,13 +128,21 @@ def test_a_failed_run_is_told_and_tried_again(tmp_path, caplog):
     assert lines(log) == [0, 1, 1, 2] and "Traceback" in caplog.text and "not today" in caplog.text
 
 
+@pytest.fixture
+def ctrl_c():
+    "An interruption is a KeyboardInterrupt, also where the one who started pytest had it ignored."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted_at(n, log, at):
     noted(n, log)
     if n == at: signal.raise_signal(signal.SIGINT)
     return dict(n2=n)
 
 
-def test_an_interruption_keeps_what_is_done(tmp_path):
+def test_an_interruption_keeps_what_is_done(tmp_path, ctrl_c):
     log, runs = tmp_path / "log", [dict(n=n, log=str(tmp_path / "log"), at=3) for n in range(5)]
     with pytest.raises(KeyboardInterrupt): grid(interrupted_at, runs, tmp_path / "runs")
     assert len(list((tmp_path / "runs").glob("*.json"))) == 3
@@ -156,7 +164,7 @@ def slow_square(n, log):
     return noted(n, log)
 
 
-def test_an_interruption_reaches_the_workers(tmp_path):
+def test_an_interruption_reaches_the_workers(tmp_path, ctrl_c):
     log = tmp_path / "log"
     grid(noted, settings(tmp_path / "warm", 2), tmp_path / "warm runs", n_jobs=2)  # the workers are up
     threading.Timer(2.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()

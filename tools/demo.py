@@ -134,12 +134,12 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
     for folder in ("figures", "notebooks", "results"): (report / folder).mkdir(parents=True)
     os.environ["MODLAB_RESULTS"] = str(report / "results")  # the tables in the repository stay as they are
     record, here = pace.recorded(), pace.rates()
-    estimate = {p.stem: pace.seconds(p.stem, here, record) for p in every}
-    print(f"to run, timed for this machine: {', '.join(f'{p.stem} {pace.spoken(estimate[p.stem])}' for p in paths)}", flush=True)
+    takes = {p.stem: pace.spoken(p.stem, here, record) for p in every}
+    print(f"to run, timed for this machine: {', '.join(f'{p.stem} {takes[p.stem]}' for p in paths)}", flush=True)
     entries = [told(path, report) for path in paths]
     if "--record" in arguments:
         for entry in entries: pace.write(entry["name"], entry["seconds"], here)
-    others = [f"  {p.stem:28} {pace.spoken(estimate[p.stem])}" for p in every if p not in paths]
+    others = [f"  {p.stem:28} {takes[p.stem]}" for p in every if p not in paths]
     if others: print("\n".join(["there is more: make demo NOTEBOOKS=name", *others]))
     print(f"Look at {write_report(entries, report)}")
     return int(any(e["error"] for e in entries))

@@ -39,11 +39,13 @@ def seconds(name: str, here: Mapping[str, float], record: Mapping) -> float | No
     return took and sum(s * record["rates"][dtype] / here[dtype] for dtype, s in took.items())
 
 
-def spoken(estimate: float | None) -> str:
-    "An estimate in words."
+def spoken(name: str, here: Mapping[str, float], record: Mapping) -> str:
+    "That in words. `at_most` names those that were only seen to end within that time."
+    estimate = seconds(name, here, record)
     if estimate is None: return "time unknown"
-    if estimate < 90: return f"about {max(10, round(estimate, -1)):.0f} s"
-    return f"about {estimate / 60:.0f} min" if estimate < 5400 else f"about {estimate / 3600:.1f} h"
+    about = "at most" if name in record["at_most"] else "about"
+    if estimate < 90: return f"{about} {max(10, round(estimate, -1)):.0f} s"
+    return f"{about} {estimate / 60:.0f} min" if estimate < 5400 else f"{about} {estimate / 3600:.1f} h"
 
 
 def write(name: str, took: float, here: Mapping[str, float], path: Path = RECORD) -> None:
@@ -52,4 +54,5 @@ def write(name: str, took: float, here: Mapping[str, float], path: Path = RECORD
     old = record["seconds"].get(name, {"float32": 1.0})
     factor = took / sum(s * record["rates"][dtype] / here[dtype] for dtype, s in old.items())
     record["seconds"][name] = {dtype: round(s * factor, 1) for dtype, s in old.items()}
+    record["at_most"] = [other for other in record["at_most"] if other != name]
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
