@@ -57,9 +57,8 @@ def read_checkpoint(path:str|Path) -> Checkpoint:
     if ck.legacy: _logger.warning("%s: written by the earlier implementation, without a fingerprint of its base", path)
     elif blank := [n for n in ck.names if n not in ck.prints]:
         raise OSError(f"{path}: it has no fingerprint of {len(blank)} of its layers ({few(blank)}); save the adapter again")
-    if "scale" in ck.meta and set(ck.meta["scale"]) != set(ck.names):
-        raise OSError(f"{path}: its header gives scales for {len(ck.meta['scale'])} layers, not for the {len(ck.names)} in it; "
-                      "save the adapter again")
+    if bare := [n for n in ck.names if n not in ck.meta.get("scale", ck.names)]:
+        raise OSError(f"{path}: its header has no scale for {len(bare)} of its layers ({few(bare)}); save the adapter again")
     return ck
 
 # %% ../../nbs/3_adapters/01_files.ipynb #731ce88f
