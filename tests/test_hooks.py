@@ -35,6 +35,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 # ------------------------------------------------------------------------------------------------------------------ compiled
 COMPILED = """
 import sys, torch
+from modlab import HistoryBake, PiSSAHistoryBake
 from models import adapter_of, build, gap, logits, tokens
 from torch._dynamo.testing import CompileCounter
 torch.set_num_threads(1)
@@ -59,10 +60,14 @@ for turn in range(2):
 for turn in range(2):
     with a(model, -1.0), b(model, 2.0): say("two", same())
     with a(model, 3.0): say("dosed", same())
+    stack = PiSSAHistoryBake if kind == "pissa-extracted" else HistoryBake
+    with stack(model, [(a, 0.5), (b, 2.0)]): say("history", same())
+for turn in range(2):
+    with a(model, torch.tensor([1.0, -2.0, 0.5])), b(model, torch.tensor([0.5, 0.0, 1.0])): say("rows-of-two", same())
 """
 
 
-@pytest.mark.parametrize("kind, when", [("lora", "before"), ("lora", "after"), ("pissa-extracted", "after")])
+@pytest.mark.parametrize("kind, when", [("pissa-unextracted", "before"), ("lora", "after"), ("pissa-extracted", "after")])
 def test_a_compiled_model_is_steered_every_time_with_one_graph_per_state(kind, when):
     "In a process of its own: the compiler cannot look into functions that check their types, as they do under test."
     done = subprocess.run([sys.executable, "-c", COMPILED, kind, when], cwd=Path(__file__).parent, capture_output=True, text=True)
