@@ -28,7 +28,7 @@ from .settings import TrainConfig, check_validation, with_rate
 from .trainer import (Front, TrainRun, check_rounds, encode_answer, identity_of, on_top, reference_states,
                                   row_means)
 from ..maths.divergence import kl_rev, token_nll
-from ..model.layers import device_of
+from ..model.layers import device_of, inner_model
 from ..model.readout import Readout, answer_ids
 from ..model.text import Batch, Encoded, collate, sides_of
 
@@ -193,7 +193,7 @@ def contrast(model:nn.Module, # that the adapter was built on
     _FRONT.check(adapter, pairs, history, late)
     cfg = with_rate(_FRONT.settings(cfg), adapter, "contrast")
     check_entry(adapter, model)
-    with run_file(resume, device_of(model.get_input_embeddings())) as file:
+    with run_file(resume, device_of(inner_model(model).get_input_embeddings())) as file:
         encoded = encode_pairs(tok, pairs, cfg.max_len)
         if len(encoded) < cfg.batch_size:
             raise ValueError(f"{len(encoded)} pairs are fewer than batch_size={cfg.batch_size}; give more, or lower batch_size")

@@ -27,7 +27,7 @@ from .settings import TrainConfig, check_validation, with_rate
 from .trainer import (Front, States, TrainRun, check_rounds, counts, encode_answer, identity_of, is_records, on_top,
                                   reference_states, row_means)
 from ..maths.divergence import AGGREGATES, aggregate, barrier, kl_fwd, kl_rev, token_nll
-from ..model.layers import device_of
+from ..model.layers import device_of, inner_model
 from ..model.readout import Readout, answer_ids
 from ..model.targets import LoRAConfig
 from ..model.text import Encoded, check_count, collate, sides_of
@@ -194,7 +194,7 @@ def heal(model:nn.Module, # any Hugging Face causal LM; it is frozen
     _FRONT.check(adapter, samples, history, late)
     cfg = _FRONT.settings(cfg)
     if adapter is not None: check_entry(adapter, model)
-    with run_file(resume, device_of(model.get_input_embeddings())) as file:
+    with run_file(resume, device_of(inner_model(model).get_input_embeddings())) as file:
         encoded = _encode_samples(tok, samples, cfg)
         _check_history(model, history, adapter, cfg)
         adapter = adapter or _made(model, cfg)
