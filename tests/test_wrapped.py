@@ -64,7 +64,7 @@ CALLS = { # public name -> a call of it, on a model and with a folder
     "kl_curve": lambda m, _: modlab.kl_curve(m, TOK, lora(m), PAIRS, [0.0, 1.0]),
     "calibrate_c": lambda m, _: modlab.calibrate_c(m, TOK, lora(m), PAIRS, 0.01, bracket=(0, 8)).c,
     "heal": lambda m, _: modlab.heal(m, TOK, SAMPLES, short(modlab.HealConfig, r=2, targets="q_proj", min_train=1)).log.nll,
-    "contrast": lambda m, _: modlab.contrast(m, TOK, lora(m), PAIRS, short(modlab.ContrastConfig)).log.nll,
+    "contrast": lambda m, _: modlab.contrast(m, TOK, lora(m), PAIRS, short(modlab.ContrastConfig)).log.loss,
     "explore": lambda m, _: modlab.explore(m, TOK, lora(m), max_new_tokens=2).close(),
     "generate_at": lambda m, _: modlab.generate_at(m, TOK, lora(m), ["Tea "], [1.0], max_new_tokens=2).text.tolist(),
 }

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ..adapters.adapter import Adapter
-from ..model.layers import device_of
+from ..model.layers import device_of, inner_model
 from ..model.loading import evaluating
 from ..model.text import Prompt, prompt_ids
 
@@ -40,7 +40,7 @@ def write_beside(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, 
                  **options # of model.generate
                 ) -> None:
     "Base and steered text of one prompt, as rows of one batch. `ValueError` for a prompt without a token."
-    ids, device = prompt_ids(tok, prompt), device_of(model.get_input_embeddings())
+    ids, device = prompt_ids(tok, prompt), device_of(inner_model(model).get_input_embeddings())
     if not ids: raise ValueError("the prompt has no token; type something")
     two = torch.tensor([ids, ids], device=device)
     defaults = dict(do_sample=False, pad_token_id=tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id)
