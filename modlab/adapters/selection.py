@@ -59,7 +59,6 @@ class PiSSAConfig(LoRAConfig):
             raise ValueError(f"init must be (mean, std) with std >= 0, both finite, got {self.init}; "
                              "(0.0, 0.0) starts as a no-op")
         object.__setattr__(self, "init", (float(mean), float(std)))
-
     @property
     def power(self) -> float: return _power(self.step)
 

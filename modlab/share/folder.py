@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..model.loading import hub_name, sweep
+from ..model.default import sweep
+from ..model.loading import hub_name
 
 if TYPE_CHECKING: import peft
 

@@ -345,8 +345,8 @@ def convert(source: Path, folder: Path) -> None:
 
 def default_model() -> tuple:
     from modlab import load_model
-    from modlab.model import loading
-    loading._convert, loading._gguf_file = convert, lambda: Path("no.gguf")
+    from modlab.model import default
+    default._convert, default._gguf_file = convert, lambda: Path("no.gguf")
     return load_model()
 
 
