@@ -387,6 +387,22 @@ def test_an_optimizer_step_inside_the_block_is_seen(kind):
     with a(model, 1.0): assert torch.equal(logits(model, ids), inside) and not torch.equal(inside, y)
 
 
+@pytest.mark.parametrize("how", [dict(fused=True), dict(foreach=True), dict(foreach=False)], ids=lambda how: "-".join(how))
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+@every_kind
+def test_every_kind_of_optimizer_is_seen(kind, optimizer, how):
+    model, ids = build(), tokens()
+    a = adapter_of(kind, model)
+    with a(model, 1.0):
+        with torch.no_grad(): before = logits(model, ids)
+        step = optimizer(a.parameters(), lr=0.1, **how)
+        model(ids).logits.square().mean().backward()
+        step.step()
+        with torch.no_grad(): inside = logits(model, ids)
+    with a(model, 1.0), torch.no_grad(): again = logits(model, ids)
+    assert torch.equal(again, inside) and not torch.equal(inside, before)
+
+
 @every_kind
 def test_a_file_that_is_loaded_inside_the_block_is_seen(kind, tmp_path):
     model, ids = build(), tokens()

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 # %% ../../nbs/2_model/14_copies.ipynb #6d7be454
@@ -28,9 +29,18 @@ def is_fresh(layer:nn.Module) -> bool:
     cls = type(layer)
     return getattr(cls, "modlab_plain", cls) in (nn.Linear, Conv1D) and "forward" not in layer.__dict__
 
-# %% ../../nbs/2_model/14_copies.ipynb #1f8af1d1
-def _mark(tensors:Sequence[Tensor]) -> tuple: return tuple([(t.data_ptr(), t._version) for t in tensors])
+# %% ../../nbs/2_model/14_copies.ipynb #9c0059ab
+class _Steps:
+    "How many steps the optimizers of this process have made: a fused one writes a parameter and leaves its `_version` alone."
+    count = 0
+    @classmethod
+    def note(cls, *_) -> None: cls.count += 1
 
+register_optimizer_step_post_hook(_Steps.note)
+
+def _mark(tensors:Sequence[Tensor]) -> tuple: return _Steps.count, tuple([(t.data_ptr(), t._version) for t in tensors])
+
+# %% ../../nbs/2_model/14_copies.ipynb #1f8af1d1
 class _Stack:
     "Copies of the factors of layers that share an input, in memory that stays where it is."
     def __init__(self, maps:Sequence["FastMap"], dtype:torch.dtype):
