@@ -1,4 +1,5 @@
 """Under test, every function of modlab checks its shapes and types; and fixtures for the tiny model."""
+import logging
 import os
 import sys
 from importlib.util import find_spec
@@ -58,3 +59,12 @@ def one_thread():
 def same_random_numbers():
     "What a test draws does not depend on which tests ran before it."
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_logging():
+    "Nor does what it logs."
+    before, level = logging.root.manager.disable, logging.getLogger("modlab").level
+    yield
+    logging.disable(before)
+    logging.getLogger("modlab").setLevel(level)

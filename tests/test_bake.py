@@ -49,11 +49,12 @@ def test_stack_and_fold_are_the_rounds_one_by_one(arch, dtype, extract):
     model, ids = build(arch, dtype), tokens()
     base, history = logits(model, ids), mixed(model, arch, extract)
     before, wanted = state(model), one_by_one(model, history, ids)
+    apart = TOLERANCE[dtype] * 2**0.5  # either side has a rounding error of its own
     assert gap(wanted, base) > 2 * TOLERANCE[dtype], "the history does nothing"
     with (PiSSAHistoryBake if extract else HistoryBake)(model, history) as bake:
-        assert gap(logits(model, ids), wanted) < TOLERANCE[dtype]
+        assert gap(logits(model, ids), wanted) < apart
         assert all(len(_adders_of(layer)) == 1 for layer in bake.layers.values())
-    with baked(model, history): assert gap(logits(model, ids), wanted) < TOLERANCE[dtype]
+    with baked(model, history): assert gap(logits(model, ids), wanted) < apart
     assert not changes(before, model)
 
 

@@ -21,7 +21,7 @@ from modlab.maths.statistics import ProjectionStats, flaw, project
 from modlab.maths.svd import thin_svd
 from modlab.model import cache
 from modlab.model.cache import directions
-from modlab.model.layers import dense_weight
+from modlab.model.layers import dense_weight, layer_shape
 from modlab.model.targets import LoRAConfig, find_targets
 from modlab.model.text import batches
 
@@ -127,6 +127,7 @@ def test_a_limit_means_the_same_on_both_routes(max_tokens, batch_size):
 
 def test_no_more_batches_are_run_than_needed():
     model, calls = build(), []
+    find_targets(model) # a text is run once, to see which layers it reaches
     model.model.register_forward_pre_hook(lambda *args: calls.append(1))
     capture_statistics(model, TOK, PAIRS, max_tokens=len(PAIRS[0]["cho"]), batch_size=1)
     assert len(calls) == 2, "the first record is enough on either side"
@@ -138,10 +139,11 @@ def test_no_more_batches_are_run_than_needed():
 @pytest.mark.parametrize("f", [capture_activations, capture_statistics])
 def test_layers_that_share_an_input_share_the_read(f, monkeypatch):
     model, read, plain = build(), [], activations._completion_rows
-    monkeypatch.setattr(activations, "_completion_rows", lambda name, *args: read.append(name) or plain(name, *args))
+    monkeypatch.setattr(activations, "_completion_rows", lambda x, *args: read.append(x.shape[-1]) or plain(x, *args))
     f(model, TOK, PAIRS)
     one = [n for n in find_targets(model) if n.endswith(("q_proj", "o_proj", "gate_proj", "down_proj"))]
-    assert read == 2 * one, "of seven layers a block, four read something of their own"
+    widths = [layer_shape(model.get_submodule(n))[1] for n in one]
+    assert read == 2 * widths, "of seven layers a block, four read something of their own"
 
 
 def test_nothing_of_a_token_is_kept(monkeypatch):
@@ -305,7 +307,8 @@ def test_a_layer_that_is_not_called(f):
     model = build()
     model.model.spare = torch.nn.Linear(4, 4)
     before = hooks(model)
-    with pytest.raises(ValueError, match="model.spare was not called"): f(model, TOK, PAIRS)
+    with pytest.raises(ValueError, match="model.spare was not called"): f(model, TOK, PAIRS, LoRAConfig(targets="spare"))
+    assert "model.spare" not in f(model, TOK, PAIRS), "no text reaches it, so it is no target by default"
     assert hooks(model) == before
 
 

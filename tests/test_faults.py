@@ -7,7 +7,7 @@ import pytest
 import torch
 from faults import children, lifecycle, memory, page
 
-from modlab.adapters.hooks import gain_at
+from modlab.adapters.hooks import as_dose
 
 
 def test_a_child_says_how_it_ended():
@@ -51,7 +51,7 @@ def test_a_hundred_and_fifty_steps_of_a_lifecycle(arch, kind, one_thread):
 def test_the_oracle_sees_a_wrong_dose(monkeypatch, one_thread):
     "A machine that cannot fail proves nothing."
     from modlab.adapters import hooks
-    monkeypatch.setattr(hooks, "gain_at", lambda c, slope, offset=None: gain_at(c * 1.01, slope, offset))
+    monkeypatch.setattr(hooks, "as_dose", lambda c: as_dose(c) * 1.01)
     assert "off" in lifecycle.steps("llama", "lora", 200, 60.0)["trace"]
 
 

@@ -344,7 +344,7 @@ def test_a_damaged_step_is_refused(tmp_path, value, says):
     a = stepped(build())
     a.save(tmp_path / "a")
     tensors, key = load_file(tmp_path / "a"), f"step.{next(iter(a.layers))}"
-    with safe_open(tmp_path / "a", "pt") as f: header = f.metadata()
+    with safe_open(tmp_path / "a", "pt") as f: header = {k: v for k, v in f.metadata().items() if k != "crc32"}
     if value is None: del tensors[key]
     else: tensors[key][1] = value
     save_file(tensors, tmp_path / "b", header)

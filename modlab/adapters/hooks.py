@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..maths.lowrank import LowRank
 from ..model.alone import guard, here_only
 from ..model.calls import ADDERS, NOTES, put, take
-from ..model.copies import Cell, Dose, FastMap, GatedCell, Inputs, check_gradient, is_fresh
-from ..model.layers import inner_model
+from ..model.copies import Cell, Dose, FastMap, GatedCell, Inputs, is_fresh
+from ..model.layers import check_gradient, inner_model
 from ..model.ledger import Whole
 from ..model.reach import unreached
 from ..model.rows import Rows, check_rows, text_models

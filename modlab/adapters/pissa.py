@@ -65,15 +65,16 @@ def _draw(S:Mapping[str, Tensor], init:tuple[float, float], generator:torch.Gene
     return {name: mean + std * torch.randn(len(s), generator=generator, device="cpu") for name, s in S.items()}
 
 # %% ../../nbs/3_adapters/05_pissa.ipynb #8a5b90fb
-def _chosen(model:nn.Module, cfg:PiSSAConfig, X:Mapping|None, after:Sequence) -> dict: # tables
-    "Check everything, then decompose and choose."
+def _chosen(model:nn.Module, cfg:PiSSAConfig, X:Mapping|None, after:Sequence) -> tuple[dict, dict]: # layers, tables
+    "Check everything, then decompose and choose. A layer without a share of r_total is left out."
     layers = find_targets(model, cfg)
     check_after(model, after)
     check_calibration(layers, cfg, X)
     if cfg.extract:
         _check_extractable(model, layers)
         _warn_if_extracted(model)
-    return decompose(layers, cfg, X, after)
+    tables = decompose(layers, cfg, X, after)
+    return {name: layers[name] for name in tables["S"]}, tables
 
 # %% ../../nbs/3_adapters/05_pissa.ipynb #196f4c0e
 def _check_lengths(ck:Checkpoint, layers:Mapping[str, nn.Module]) -> None:
@@ -128,8 +129,7 @@ class ModulatedPiSSA(LowRankAdapter):
                  roles:str|None=None): # "writers": of the targets, those that write to the residual stream
         self.keep_base, cfg = keep_base, PiSSAConfig(r, LoRAConfig.alpha, targets, exclude, dtype, layer_range, selection_score,
                                                      extract, init, step, r_total, roles=roles)
-        tables = _chosen(model, cfg, calibration_activations, after) # a layer without a share of r_total is left out
-        layers = {name: layer for name, layer in find_targets(model, cfg).items() if name in tables["S"]}
+        layers, tables = _chosen(model, cfg, calibration_activations, after)
         self.setup(model, cfg, layers, tables | {"delta_s": _draw(tables["S"], init, generator)})
         _logger.info(selection_line(self))
 

@@ -48,7 +48,6 @@ class PiSSAConfig(LoRAConfig):
     init: tuple[float, float] = (4e-2, 4e-2) # mean and standard deviation that delta_s is drawn from
     step: str | float = "plain" # how far a unit of what trains goes along each direction: plain, fisher, or a power of 1/F
     r_total: int | None = None # directions in all, shared out over the layers by score; then r means nothing
-
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "selection_score", self.selection_score or "cho_rej_min_std")
@@ -143,7 +142,8 @@ def _picked(t:Mapping[str, Tensor], idx:Tensor) -> dict[str, Tensor]: # position
 def _shared_out(chosen:Mapping[str, dict], total:int) -> dict[str, dict]:
     "The `total` best directions of all layers; a layer without any is left out."
     scores = [t["score"] for t in chosen.values()]
-    kept = torch.zeros(sum(map(len, scores)), dtype=torch.bool).index_fill(0, choose(torch.cat(scores), total), True)
+    none = torch.zeros(sum(map(len, scores)), dtype=torch.bool, device="cpu")
+    kept = none.index_fill(0, choose(torch.cat(scores), total), True)
     shares = zip(chosen.items(), kept.split([len(s) for s in scores]))
     return {name: t if share.all() else _picked(t, share.nonzero()[:, 0]) for (name, t), share in shares if share.any()}
 
@@ -154,7 +154,7 @@ def decompose(layers:Mapping[str, nn.Module], cfg:PiSSAConfig, X:Mapping|None, a
     for name, (U, S, Vh) in directions(layers, after, first):
         stats = None if mode == "s_only" or X is None else projections(name, X[name], S, Vh)
         scores = selection_scores(S, mode, stats, name)
-        whole = dict(U=U, S=S, Vh=Vh, chosen_idx=torch.arange(len(S)), spectrum=S, score=scores)
+        whole = dict(U=U, S=S, Vh=Vh, chosen_idx=torch.arange(len(S), device="cpu"), spectrum=S, score=scores)
         chosen[name] = _picked(whole, choose(scores, cfg.r_total or cfg.r))
         if cfg.r_total: chosen = _shared_out(chosen, cfg.r_total)
     tables = {table: {name: t[table] for name, t in chosen.items()} for table in ("U", "S", "Vh", "chosen_idx", "spectrum")}

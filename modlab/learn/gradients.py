@@ -118,7 +118,7 @@ def _batch_gradients(readout:Readout, layers:Mapping[str, nn.Module], frames:Map
 class _Totals:
     "The statistics of each layer so far, and the row that waits for its partner."
     def __init__(self, frames:Mapping[str, tuple]):
-        self.waiting, self.heard = {name: torch.zeros(0, len(S)) for name, (S, _, _) in frames.items()}, set()
+        self.waiting, self.heard = {name: torch.zeros(0, len(S), device="cpu") for name, (S, _, _) in frames.items()}, set()
         none = {name: GradientStats.of(rows, rows) for name, rows in self.waiting.items()}
         self.stats = {name: replace(stats, S=frames[name][0].cpu(), name=name) for name, stats in none.items()}
 

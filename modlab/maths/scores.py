@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from .statistics import GradientStats, ProjectionStats, called, flaw
+from .statistics import GradientStats, ProjectionStats, called, flaw, too_few
 from .svd import float64
 
 # %% ../../nbs/1_maths/05_scores.ipynb #fd8d7e18
@@ -92,13 +92,19 @@ def parts_for(mode: Any, given: Any) -> dict[str, Any]: # by the side of pairs, 
     wanted = {"gradients"} if mode in GRADIENT_SCORES else {"cho", "rej"} if both else {"all"}
     return {key: parts[key] for key in wanted if wanted <= set(parts)}
 
+def _why_not(parts: list, mode: str, S: Float[Tensor, "k"]) -> str: # or the empty string
+    "What is wrong with the parts. Scores that take both answers together need two rows of both together."
+    together = mode in ("wanda", "act_only")
+    if why := next(filter(None, (flaw(part, len(S), S, 0 if together else 2) for part in parts)), ""): return why
+    return too_few(sum(part.count for part in parts), parts[0]) if together else ""
+
 def _check_stats(stats: Any, mode: str, S: Float[Tensor, "k"], name: str|None=None) -> None:
     "`ValueError` unless `stats` serves `mode`: the right kind, and sound."
     kind, parts = (GradientStats if mode in GRADIENT_SCORES else ProjectionStats), parts_for(mode, stats)
     if not parts or not all(isinstance(part, kind) for part in parts.values()):
         what, how = _wish(mode)
         raise ValueError(f"{called(name)}selection score {mode!r} needs {what}, got {_came(stats)}; pass {how}")
-    if why := next(filter(None, (flaw(part, len(S), S) for part in parts.values())), ""): raise ValueError(f"{called(name)}{why}")
+    if why := _why_not(list(parts.values()), mode, S): raise ValueError(f"{called(name)}{why}")
 
 def _check_scores(scores: Any, k: int, name: str|None=None) -> None:
     "`ValueError` unless `scores`, from somebody's function, are `k` numbers."

@@ -83,7 +83,7 @@ def _one_by_one(adapter:Adapter, readout:Readout, batch:Batch, cs:Sequence[float
 
 def _as_rows(adapter:Adapter, readout:Readout, batch:Batch, cs:Sequence[float]) -> Sequence[Float[Tensor, "n d"]]:
     "All doses in one forward."
-    adapter.set_coeff(torch.tensor(cs).repeat_interleave(len(batch.input_ids)))
+    adapter.set_coeff(torch.tensor(cs, device="cpu").repeat_interleave(len(batch.input_ids)))
     return readout.states(_repeated(batch, len(cs))).split(len(answer_ids(batch)))
 
 def states_at(adapter:Adapter, readout:Readout, batch:Batch, cs:Sequence[float],

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_linear', 'layer_shape', 'is_quantised', 'guard_4bit', 'offloading', 'device_of', 'dense_weight', 'shared_weights',
            'why_fixed', 'swap_weight', 'check_module', 'inner_model', 'plain_modules', 'output_head', 'check_causal',
-           'room_of']
+           'check_gradient', 'room_of']
 
 # %% ../../nbs/2_model/00_layers.ipynb #209ea698
 from collections import Counter
@@ -160,6 +160,14 @@ def check_causal(model:nn.Module) -> None:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"a {type(model).__name__} reads the prompt with an encoder; prompt and answer in one row are for "
                          "models that are a decoder alone")
+
+# %% ../../nbs/2_model/00_layers.ipynb #638d7052
+def check_gradient(name:str, layer:nn.Module, x:Tensor, y:Tensor) -> None:
+    "`RuntimeError` for a layer that cuts the gradient to what comes before it."
+    if not (torch.is_grad_enabled() and x.requires_grad) or y.requires_grad: return
+    kind = f"{type(layer).__name__} with a {type(getattr(layer, 'weight', None)).__name__}"
+    raise RuntimeError(f"{name} ({kind}) passes no gradient to its input, and what lies before it would learn from the rest "
+                       "alone; use weight-only quantisation, or torch.no_grad() to run it")
 
 # %% ../../nbs/2_model/00_layers.ipynb #15180e30
 def _rows(table:nn.Embedding, limit:int) -> int: # positions in it; those up to the padding index are not used

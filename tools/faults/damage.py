@@ -203,6 +203,9 @@ def check_peft(folder: Path, good: None, damage: str) -> str:
         refusal(e, folder)
         assert same(everything(model, mine), before), f"changed, though refused: {e}"
         return "refused"
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    said = {key: value for key, value in config.items() if value is not None or not key.endswith("_pattern")}
+    (folder / "adapter_config.json").write_text(json.dumps(said), encoding="utf-8")  # PEFT stumbles over a null there
     theirs = PeftModel.from_pretrained(build(), folder)
     layers = {n.removeprefix("base_model.model."): m for n, m in theirs.named_modules() if isinstance(m, LoraLayer)}
     for name in a.layers:
