@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import ARCHS, KINDS, build, changes, gap, half, logits, seeded, state, tokens
+from models import ARCHS, KINDS, adapter_of, build, changes, gap, half, logits, seeded, state, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_arch, every_kind = pytest.mark.parametrize("arch", ARCHS), pytest.mark.parametrize("kind", KINDS)
@@ -173,3 +173,19 @@ def test_restoring_inside_the_block_goes_on_as_the_other_form():
         assert gap(logits(model, ids), y) < CLOSE
         a.set_coeff(0.0)
         assert torch.equal(logits(model, ids), base)
+
+
+@pytest.mark.parametrize("ask", [dict(num_beams=3), dict(num_return_sequences=3, do_sample=True)], ids=lambda ask: "-".join(ask))
+def test_doses_for_beams_are_asked_for_by_name_and_then_right(ask):
+    "The model repeats each row; a dose per row is repeated alike."
+    model, ids = build(), tokens(2, 6)
+    a, c = adapter_of("lora", model), torch.tensor([1.0, -2.0])
+    how = dict(ask, max_new_tokens=4, pad_token_id=0, attention_mask=torch.ones_like(ids))
+    with a(model, c), pytest.raises(ValueError, match=r"2 doses, but the batch has 6 rows.*c\.repeat_interleave\(3\)"):
+        model.generate(ids, **how)
+    if "num_beams" not in ask: return
+    with a(model, c.repeat_interleave(3)): together = model.generate(ids, **how)
+    for n, dose in enumerate(c.tolist()):
+        one = dict(how, attention_mask=how["attention_mask"][n:n + 1])
+        with a(model, dose): alone = model.generate(ids[n:n + 1], **one)
+        assert torch.equal(together[n, :alone.shape[1]], alone[0])

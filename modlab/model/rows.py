@@ -46,7 +46,8 @@ def check_rows(name:str, x:Tensor, n:int, rows:tuple[int, int]|None) -> None:
                                   "called with input_ids or inputs_embeds alone; use one float c, or exclude this layer")
     b, s = rows
     flattened = max(x.shape[:-1], default=1) == x.shape[:-1].numel() == b * s
-    if n != b: raise ValueError(f"c has {n} doses, but the batch has {b} rows; give one dose per row, or one float")
+    beams = f"; for beams, or several sequences per prompt, c.repeat_interleave({b // n})" if n and b % n == 0 else ""
+    if n != b: raise ValueError(f"c has {n} doses, but the batch has {b} rows; give one dose per row, or one float{beams}")
     if not (flattened or (x.ndim > 2 and x.shape[0] == b)):
         raise NoRows(f"{name} sees {tuple(x.shape)}, from which the {b} rows of {s} tokens cannot be told apart (routed "
                      "experts and poolers do this); use one float c, or exclude this layer")
