@@ -92,6 +92,13 @@ def rewrite(path, header=(), drop=(), **tensors):
 
 
 @every_kind
+def test_a_file_without_a_name_of_its_own(tmp_path, kind):
+    adapter_of(kind, build()).save(tmp_path / "a")
+    rewrite(tmp_path / "a", dict(id=""))
+    refused(tmp_path / "a", OSError, ["id"])
+
+
+@every_kind
 def test_a_file_of_the_future(tmp_path, kind):
     adapter_of(kind, build()).save(tmp_path / "a")
     rewrite(tmp_path / "a", {"format": 99})

@@ -54,7 +54,7 @@ class _Header(BaseModel):
     kind: str
     fingerprint: dict[str, _Print]
     crc32: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
-    id: str | None = None
+    id: Annotated[str, Field(min_length=1)] | None = None
     r: int = 1
     alpha: FiniteFloat = 1.0
     targets: list[str] = []

@@ -126,6 +126,7 @@ def holds(adapter: object, path: Path) -> None:
             assert same(t.detach(), flat[f"{table}.{name}"].to(t.dtype)), f"{table}.{name} is not what the file holds"
     assert {k.partition(".")[2] for k in flat} == set(adapter.layers), "other layers"
     for key, value in header.items():
+        if key in ("init", "layer_range"): value = [float(v) for v in value]  # whole numbers are numbers
         mine = adapter.meta().get(key, getattr(adapter.cfg, key, None))
         if key in {*adapter.meta(), *vars(adapter.cfg)} - {"dtype"}:
             assert mine == (tuple(value) if isinstance(value, list) else value), f"{key} is {mine}, the file says {value}"
