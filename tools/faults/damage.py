@@ -5,7 +5,6 @@ import logging
 import os
 import random
 import shutil
-import sys
 import time
 import warnings
 from collections import Counter
@@ -443,11 +442,3 @@ def run(budget_s: float, full: bool, out: Path, families: list[Family] = FAMILIE
     (out / "damage.json").write_text(json.dumps(rows, indent=1))
     counts = {end: ends[end] for end in ("held", "refused", "failed")}
     return dict(name="damage", about=ABOUT, planned=sum(plan.values()), tried=len(rows), **counts, rows=summary(rows))
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "report/faults/damage")
-    folder.mkdir(parents=True, exist_ok=True)
-    found = run(float("inf") if "--full" in sys.argv else 240.0, "--full" in sys.argv, folder)
-    for row in found["rows"]: print(row)
-    print({k: v for k, v in found.items() if k not in ("rows", "about")})

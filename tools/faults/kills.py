@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -376,11 +375,3 @@ def run(budget_s: float, full: bool, out: Path, writers: list[Writer] = WRITERS)
     (out / "kills.json").write_text(json.dumps(rows, indent=1))
     counts = {end: ends[end] for end in ("held", "failed")}
     return dict(name="kills", about=ABOUT, planned=len(todo), tried=len(rows), **counts, rows=summary(rows))
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "report/faults/kills")
-    folder.mkdir(parents=True, exist_ok=True)
-    found = run(float("inf") if "--full" in sys.argv else 240.0, "--full" in sys.argv, folder)
-    for row in found["rows"]: print(row)
-    print({k: v for k, v in found.items() if k not in ("rows", "about")})
