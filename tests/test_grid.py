@@ -269,3 +269,12 @@ def test_a_file_says_what_it_is(tmp_path):
     grid(noted, settings(tmp_path / "log", 1), tmp_path / "runs")
     run = json.loads(next((tmp_path / "runs").iterdir()).read_text())
     assert run == dict(function="noted", setting=dict(n=0, log=str(tmp_path / "log")), rows=[dict(square=0)])
+
+
+def test_what_a_killed_run_left_is_swept_once_it_is_old(tmp_path):
+    for age in (0, 7200):
+        half = tmp_path / f".noted-{age}.aa.part"
+        half.write_text("{")
+        os.utime(half, (time.time() - age,) * 2)
+    grid(noted, settings(tmp_path / "log", 1), tmp_path)
+    assert [p.name for p in tmp_path.glob(".*.part")] == [".noted-0.aa.part"]

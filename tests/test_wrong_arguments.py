@@ -15,9 +15,11 @@ from modlab import (
     HistoryBake,
     calibrate_c,
     capture_activations,
+    capture_gradients,
     capture_statistics,
     contrast,
     explore,
+    generate_at,
     gradient_cosine,
     heal,
     kl_curve,
@@ -112,6 +114,8 @@ ENTRIES = dict(
     contrast=lambda m, t, a, P: contrast(m, t, a, P, ContrastConfig(val_frac=0.0)),
     cosine=lambda m, t, a, P: gradient_cosine(m, t, a, P),
     activations=lambda m, t, a, P: capture_activations(m, t, P), statistics=lambda m, t, a, P: capture_statistics(m, t, P),
+    gradients=lambda m, t, a, P: capture_gradients(m, t, P),
+    texts=lambda m, t, a, P: generate_at(m, t, a, [p["prompt"] for p in P], [0.0], max_new_tokens=8),
     explore=lambda m, t, a, P: explore(m, t, a, P, live=False))
 
 

@@ -22,27 +22,20 @@ from ..maths.divergence import token_nll
 from ..maths.statistics import GradientStats
 from ..model.cache import check_after, directions
 from ..model.calls import layer_input
-from ..model.layers import guard_4bit, inner_model, offloading
+from ..model.layers import check_gradient, guard_4bit, inner_model, offloading, room_of
 from ..model.ledger import check_whole
 from ..model.loading import evaluating
 from ..model.readout import Readout, answer_ids, answer_rows
+from ..model.rows import is_by_row
 from ..model.targets import LoRAConfig, find_targets
 from ..model.text import Batch, Encoded, check_count, collate, encode_sides, in_batches, sides_of
 
 # %% ../../nbs/4_learn/01_gradients.ipynb #57822d77
 def _check_rows(name:str, x:Tensor, b:int, s:int) -> None:
     "`ValueError` unless the tokens that a layer sees can be dealt out to `b` rows of `s` tokens."
-    flattened = max(x.shape[:-1], default=1) == x.shape[:-1].numel() == b * s
-    if b == 1 or flattened or (x.ndim > 2 and x.shape[0] == b): return
+    if b == 1 or is_by_row(x, b, s): return
     raise ValueError(f"{name} sees {tuple(x.shape)}, from which the {b} rows of {s} tokens cannot be told apart (routed experts "
                      "do this); pass batch_size=1, or exclude this layer")
-
-def _check_passes(name:str, layer:nn.Module, x:Tensor, y:Tensor) -> None:
-    "`RuntimeError` for a layer that cuts the gradient to what comes before it."
-    if y.requires_grad or not (x.requires_grad and torch.is_grad_enabled()): return
-    kind = f"{type(layer).__name__} with a {type(getattr(layer, 'weight', None)).__name__}"
-    raise RuntimeError(f"{name} ({kind}) passes no gradient to its input, and those of all layers before it would be wrong; "
-                       "use weight-only quantisation")
 
 def _by_row(x:Tensor, g:Tensor, frame:tuple, b:int) -> Float[Tensor, "b k"]:
     "`Σ_t (Uᵀ G_t)_j (Vᵀ X_t)_j` of each row, in the precision of the directions."
@@ -63,7 +56,7 @@ class _Taps:
 
     def hear(self, name:str, layer:nn.Module, x:Tensor, y:Tensor) -> Tensor: # the output, from which a gradient will come back
         _check_rows(name, x, self.b, self.s)
-        _check_passes(name, layer, x, y)
+        check_gradient(name, layer, x, y)
         self.sums.setdefault(name, y.new_zeros(self.b, len(self.frames[name][0]), dtype=torch.float32))
         if not y.requires_grad: y = y.detach().requires_grad_().clone() # a copy, since a model may write into it in place
         x = x.detach()
@@ -131,11 +124,14 @@ class _Totals:
             self.stats[name] = self.stats[name].merge(GradientStats.of(rows[:n:2], rows[1:n:2]))
 
 # %% ../../nbs/4_learn/01_gradients.ipynb #c90282f4
-def encoded_pairs(tok:PreTrainedTokenizerBase, pairs:Sequence[dict], max_len:int) -> list[Encoded]: # chosen, rejected, …
-    "Both answers of each pair, short pairs first, so that little is padded. `ValueError` for samples, or fewer than two pairs."
+def encoded_pairs(tok:PreTrainedTokenizerBase, pairs:Sequence[dict], max_len:int,
+                  room:int|None=None, # positions of the model; None: no limit
+                 ) -> list[Encoded]: # chosen, rejected, …
+    """Both answers of each pair, short pairs first, so that little is padded. `ValueError` for samples, fewer than two pairs, or
+    a text that is longer than the model has positions."""
     if sides_of(pairs) != ("cho", "rej"):
         raise ValueError("record 0 is a sample {prompt, completion}, expected pairs {prompt, cho, rej}: two answers are compared")
-    kept = encode_sides(tok, pairs, max_len, ("cho", "rej"))
+    kept = encode_sides(tok, pairs, max_len, ("cho", "rej"), room)
     if len(kept) < 2: raise ValueError(f"gradients need at least 2 pairs, got {len(kept)}: a score needs their spread; pass more")
     kept.sort(key=lambda sides: max(len(ids) for ids, _ in sides.values()))
     return [sides[side] for sides in kept for side in ("cho", "rej")]
@@ -174,7 +170,7 @@ def capture_gradients(model:nn.Module, tok:PreTrainedTokenizerBase,
     memory of the directions and of one batch. `ValueError`: samples, fewer than two pairs, routed layers or none called;
     `RuntimeError`: a layer that passes no gradient, or directions that were taken out of the model."""
     model = inner_model(model)
-    layers, answers = find_targets(model, cfg), encoded_pairs(tok, pairs, max_len)
+    layers, answers = find_targets(model, cfg), encoded_pairs(tok, pairs, max_len, room_of(model))
     check_count("batch_size", batch_size)
     check_after(model, after)
     check_whole(model)

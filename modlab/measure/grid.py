@@ -24,6 +24,8 @@ from filelock import FileLock, Timeout
 from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
+from ..model.default import sweep
+
 # %% ../../nbs/5_measure/04_grid.ipynb #cc926ff0
 _logger = logging.getLogger("modlab")
 
@@ -134,6 +136,7 @@ def grid(f:Callable, # a function written with `def`: returns a dict or a DataFr
     settings, folder = settings if isinstance(settings, Mapping) else list(settings), Path(folder)
     paths = _paths(f, settings, folder)
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder, ".*.part") # of runs that were killed
     runs = {path.absolute(): setting for path, setting in zip(paths, settings) if not path.exists()}
     jobs, problems = None if n_jobs == 1 else n_jobs, {}
     for patience in (0, -1): # first what no other process is at, then what is left

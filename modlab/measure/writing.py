@@ -18,9 +18,9 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
-from ..adapters.hooks import check_model
+from ..adapters.hooks import DoseLike, check_model
 from .dose import bar_options, check_doses, compare, readings
-from ..model.layers import device_of, inner_model
+from ..model.layers import device_of, inner_model, room_of
 from ..model.loading import evaluating
 from ..model.readout import Readout
 from ..model.text import Batch, Prompt, check_count, in_batches, prompt_ids
@@ -33,12 +33,14 @@ class _Row(NamedTuple):
     c: float
     sample: int
 
-def _ids(tok:PreTrainedTokenizerBase, prompt:Prompt, n:int, most:int) -> list[int]:
-    "Tokens of prompt `n`. `ValueError` if there are none, or too many."
+def _ids(tok:PreTrainedTokenizerBase, prompt:Prompt, n:int, room:int|None, new:int) -> list[int]:
+    "Tokens of prompt `n`. `ValueError` if there are none, or too many for the positions of the model."
     try: ids = prompt_ids(tok, prompt)
     except ValueError as e: raise ValueError(f"prompt {n}: {e}") from e
     if not ids: raise ValueError(f"prompt {n} has no token; give a text or chat messages")
-    if len(ids) > most: raise ValueError(f"prompt {n} has {len(ids)} tokens; with max_new_tokens there is room for {most}")
+    if room is not None and len(ids) + new > room:
+        raise ValueError(f"prompt {n}: {len(ids)} and up to {new} new tokens, and the model has {room} positions; shorten the "
+                         "prompt, or lower max_new_tokens")
     return ids
 
 def _listed(prompts:Iterable) -> list[Prompt]:
@@ -51,9 +53,7 @@ def _listed(prompts:Iterable) -> list[Prompt]:
 def _rows(model:nn.Module, tok:PreTrainedTokenizerBase, prompts:Sequence[Prompt], cs:Sequence[float], samples:int, new:int
          ) -> list[_Row]:
     "Every prompt at every dose, as often as there are samples."
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    most = room - new if room else 10**9
-    tokens = [_ids(tok, prompt, n, most) for n, prompt in enumerate(prompts)]
+    tokens = [_ids(tok, prompt, n, room_of(model), new) for n, prompt in enumerate(prompts)]
     return [_Row(prompt, ids, c, k) for prompt, ids in zip(prompts, tokens) for c in cs for k in range(samples)]
 
 # %% ../../nbs/5_measure/02_writing.ipynb #7aa34821
@@ -116,11 +116,16 @@ class _Writer(NamedTuple):
         return [_ended(ids, _ends(self.model, self.options)) for ids in out[:, start:].tolist()]
 
 # %% ../../nbs/5_measure/02_writing.ipynb #51793381
+def _doses(rows:Sequence[_Row]) -> DoseLike:
+    "One number where all rows have the same dose: layers that cannot tell rows apart take nothing else."
+    cs = [row.c for row in rows]
+    return cs[0] if len(set(cs)) == 1 else torch.tensor(cs, device="cpu")
+
 def _probe(tok:PreTrainedTokenizerBase, rows:Sequence[_Row]) -> Batch:
     "The first prompts, each with a token after it: what the readout is compared on."
     return next(in_batches(tok, [(row.ids + row.ids[:1], len(row.ids)) for row in rows], len(rows)))
 
-def _described(adapter:Adapter, readout:Readout, tok:PreTrainedTokenizerBase, rows:Sequence[_Row], doses:Float[Tensor, "b"],
+def _described(adapter:Adapter, readout:Readout, tok:PreTrainedTokenizerBase, rows:Sequence[_Row], doses:DoseLike,
                new:Sequence[list[int]]) -> list[dict]:
     "The texts as rows of the table: read at their doses and at 0, and compared."
     batch = next(in_batches(tok, [(row.ids + ids, len(row.ids)) for row, ids in zip(rows, new)], len(rows)))
@@ -168,7 +173,7 @@ def generate_at(model:nn.Module, tok:PreTrainedTokenizerBase, adapter:Adapter, #
     with evaluating(model), adapter(model, 0.0):
         readout = Readout(model, _probe(tok, parts[0]), [adapter])
         for part in tqdm(parts, desc="texts", leave=False, delay=1, **bar_options(progress)):
-            doses = torch.tensor([row.c for row in part], device="cpu")
+            doses = _doses(part)
             adapter.set_coeff(doses)
             table += _described(adapter, readout, tok, part, doses, writer.write(part))
     return pd.DataFrame(table)

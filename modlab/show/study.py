@@ -158,7 +158,8 @@ def _pulls(x:Study, name:str, stale:Callable[[], bool]) -> GradientStats:
         layer = x.adapter.layers[name]
         U, S, Vh = thin_svd(_weight_before(x.adapter, layer), name)
         with x.lock, here_only(), breaking_off(x.model, stale), x.adapter(x.model, 0.0):
-            found = gradients_along(x.model, x.tok, encoded_pairs(x.tok, x.records, 512), {name: layer}, {name: (S, U, Vh)})
+            answers = encoded_pairs(x.tok, x.records, 512, room_of(x.model))
+            found = gradients_along(x.model, x.tok, answers, {name: layer}, {name: (S, U, Vh)})
         x.inputs[name, "gradients"] = found[name]
     return x.inputs[name, "gradients"]
 
