@@ -121,6 +121,7 @@ def test_wrapped_models_write_the_same(case):
 
 @pytest.mark.parametrize("change, said", [
     (dict(prompts="Who?"), "give \\[prompt\\]"), (dict(prompts=CHAT), "give \\[prompt\\]"), (dict(prompts=[]), "must be a list"),
+    (dict(prompts=["a", ""]), "prompt 1 has no token"), (dict(cs=[]), "at least one"),
     (dict(prompts=[[dict(role="user")]]), "prompt 0: message 0"), (dict(cs=[float("nan")]), "finite"),
     (dict(samples=2), "temperature=1.0"), (dict(samples=0), "samples"), (dict(temperature=-1.0), "temperature"),
     (dict(temperature=float("nan")), "temperature"), (dict(max_new_tokens=0), "max_new_tokens"),
